@@ -232,7 +232,10 @@ def test_scores_show_themselves(model: PreTrainedModel) -> None:
     margin = {"value": 0.0423, "ci95": [0.012, 0.073], "n": 9, "unit": "nats per token"}
     cells = re.findall("<td>(.*?)</td>", EvaluateResult({"loss_margin": margin}, Path())._repr_html_())
     assert cells[1:4] == ["0.042", "0.012", "0.073"] and "9" in cells
-    assert scores.items()[0]["answer"] and "'answer'" not in repr(scores)  # it may be harmful
+    lines = repr(scores).splitlines()
+    assert lines[0].split()[:2] == ["metric", "value"] and len(lines) == len(table) + 1
+    answers = [item["answer"] for item in scores.items()]
+    assert all(answers) and not any(answer in repr(scores) for answer in answers)  # they may be harmful
 
 
 def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,12 +291,15 @@ def test_arguments_that_every_stage_has_or_needs_not_are_taken() -> None:
     assert train_options(TrainingArguments(use_cpu=True, do_train=True, **own), {}) == {}
 
 
-def test_random_states_are_the_callers(model: PreTrainedModel) -> None:
+def test_random_states_are_the_callers(model: PreTrainedModel, tmp_path: Path) -> None:
     def states() -> list[Any]:
         return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
 
     before = states()
-    aligned(model)
+    own = aligned(model)
+    assert states() == before
+    own.save_pretrained(tmp_path)
+    aligned(str(tmp_path))
     assert states() == before
 
 
@@ -332,6 +338,13 @@ def test_adapters_that_cannot_be_trained_on_are_named(model: PreTrainedModel) ->
         aligned(added)
 
 
+def test_a_model_without_its_weights_is_refused(model: PreTrainedModel) -> None:
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(CompatibilityError, match=r"weights are not in memory \(device meta\); load it as a whole"):
+        aligned(hollow, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL))
+
+
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "class": (lambda model: ph.rank(SETS["pool"], selector=ph.LengthSelector), "selector: must be a Selector, its"),
     "kind": (lambda model: ph.align(model, SETS["pool"], defense=ph.LengthSelector()), "defense: must be a Gradient"),
@@ -355,6 +368,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         "peft_config: has no effect where no new adapter is trained",
     ),
     "model": (lambda model: ph.evaluate(5), "model: must be a path, a Hub id or a loaded causal language model"),
+    "class of models": (lambda model: ph.evaluate(type(model)), "model: must be a path, a Hub id or a loaded causal"),
     "args": (lambda model: ph.align(model, SETS["pool"], args={"max_steps": 2}), "args: must be transformers'"),
     "peft": (
         lambda model: ph.align(model, SETS["pool"], peft_config=IA3Config()),
@@ -363,6 +377,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "side": (
         lambda model: ph.tokenize([], AutoTokenizer.from_pretrained(BASE_MODEL), side="left"),
         "side must be one",
+    ),
+    "length": (
+        lambda model: ph.tokenize(SETS["pool"], AutoTokenizer.from_pretrained(BASE_MODEL), max_length="8"),
+        "max_length must be a whole number, not 8",
     ),
     "beside options": (
         lambda model: ph.align(ph.AlignOptions(data="d", model="m", output_dir="o"), SETS["pool"]),

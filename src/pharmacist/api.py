@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from pharmacist.attacks import Attack
 from pharmacist.core.config import docs_of, method_fields
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.typed import checked, cut
+from pharmacist.core.typed import AtLeast1, checked, cut
 from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
 from pharmacist.data.records import read_records
@@ -324,6 +324,7 @@ def tokenize(
         DataError: Rows cannot be used.
     """
     checked("side", Literal["chosen", "rejected"], side)
+    checked("max_length", AtLeast1, max_length)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(f"tokenizer: must be a loaded tokenizer, not {cut(repr(tokenizer))}")
     with tempfile.TemporaryDirectory(prefix="pharmacist-") as folder:

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from pharmacist.core.errors import CompatibilityError
 from pharmacist.data.templates import choose_template
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.evaluator import Evaluator
@@ -43,6 +44,16 @@ def test_failures_of_a_judge_are_not_safety() -> None:
     assert found.items[0]["verdicts"]["moody@7"] == unscored
     assert found.items[2]["verdicts"]["keyword@3"]["refused"] is True
     assert [item["harmful"] for item in found.items] == [None, True, False]
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_a_judge_owes_one_verdict_per_answer(extra: int) -> None:
+    class Uneven(Moody):
+        def judge(self, items: list[JudgeItem]) -> list[Verdict]:
+            return [Verdict(False)] * (len(items) + extra)
+
+    with pytest.raises(CompatibilityError, match=f"judge 'uneven': {3 + extra} verdicts on 3 answers"):
+        Evaluator(prompts=PROMPTS, judge=Uneven(None)).assess({"prompts": [answer("x")] * 3})
 
 
 def test_ids_tell_row_and_text() -> None:

@@ -450,7 +450,7 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
     shown = loaded._repr_html_()
     assert "60 rows ranked, 18 selected" in shown and "<svg" in shown and "critical" in shown
     assert loaded.counts().sum().to_dict() == {"selected": 18, "left out": 42}
-    with pytest.raises(DataError, match="a run of 'align', which ranks nothing; give the folder of a curate"):
+    with pytest.raises(DataError, match="a run of 'align', which writes no ranking; give the folder of a curate"):
         write_json(tmp_path / "manifest.json", read_json(ranked / "manifest.json") | {"stage": "align"})
         Ranking.load(tmp_path)
 
@@ -465,6 +465,11 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
         ({"fraction": "0.3"}, "fraction must be a number, not 0.3"),
         ({"k": 0}, "k must be at least 1, not 0"),
         ({"k": 61}, "k 61: only 60 rows were ranked"),
+        ({"k": 5, "diversity": "near-duplicate"}, "diversity must be one of none, near-duplicates, k-center"),
+        ({"k": 5, "diversity_margin": 0.5}, "diversity_margin must be at least 1, not 0.5"),
+        ({"k": 5, "balance_share": -0.5}, r"balance_share must lie in \[0, 1\], not -0.5"),
+        ({"k": 5, "fill": "no"}, "fill must be true or false, not no"),
+        ({"min_score": "0.3"}, "min_score must be a number, not 0.3"),
         ({"min_score": 1e9}, "min score 1e[+]09: no row reaches it"),
         ({"min_score": 0.0, "diversity": "k-center"}, "--diversity k-center has no say"),
         ({"min_score": 0.0, "balance_share": 0.5}, "--balance has no say"),

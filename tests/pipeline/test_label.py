@@ -160,7 +160,7 @@ def test_bad_input(ranked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (copy / "to_label.jsonl").unlink()
     assert main(["label", str(copy), "--output", str(tmp_path / "y.json")]) == 2
     assert "no to_label.jsonl; rank with the selector pharmacist" in capsys.readouterr().err
-    for change, message in (({"status": "started"}, "is not finished"), ({"stage": "align"}, "ranks nothing")):
+    for change, message in (({"status": "started"}, "is not finished"), ({"stage": "align"}, "writes no ranking")):
         write_json(copy / "manifest.json", read_json(ranked / "manifest.json") | change)
         assert main(["label", str(copy), "--output", str(tmp_path / "y.json")]) == 2
         error = capsys.readouterr().err

@@ -1,16 +1,19 @@
 """What every selector owes, whatever it does: parametrised over the registry, so that a new one is tested too."""
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pharmacist as ph
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors import SELECTORS
-from pharmacist.selectors.base import GOOD_REASONS, Scores
+from pharmacist.selectors.base import GOOD_REASONS, Scores, SelectionContext, Selector
 from tests.support import village
 
 
@@ -177,3 +180,27 @@ def test_random_is_uniform_and_follows_the_seed(tmp_path):
     assert ((deciles - 200) ** 2 / 200).sum() < 30  # chi-square with 9 degrees of freedom: p < 0.001
     copies = ranked(tmp_path / "c", None, "random", [pool[0]] * 500).score
     assert len(np.unique(copies)) == 500, "chance treats copies as any other rows"
+
+
+RETURNED: dict[str, tuple[Callable[[int], Any], str]] = {
+    "no scores": (np.arange, "rank must return Scores, not ndarray"),
+    "too few": (lambda rows: Scores(np.zeros(rows - 1)), "score has 4 values for 5 rows"),
+    "a short signal": (lambda rows: Scores(np.zeros(rows), signals={"x": np.zeros(2)}), "x has 2 values for 5 rows"),
+    "a taken name": (lambda rows: Scores(np.zeros(rows), signals={"rank": np.zeros(rows)}), "may be called rank,"),
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED)
+def test_what_a_selector_of_another_package_returns_is_checked(returned: str) -> None:
+    make, message = RETURNED[returned]
+
+    class Own(Selector):
+        def rank(self, context: SelectionContext) -> Any:
+            return make(len(context.pool))
+
+    with pytest.raises(CompatibilityError, match=f"^selector 'own': .*{message}"):
+        ph.rank([{"prompt": "a", "completion": word} for word in "bcdef"], selector=Own())
+
+
+def test_scores_may_be_a_list_or_a_tensor() -> None:
+    assert Scores([1, 2]).score.tolist() == Scores(torch.tensor([1, 2])).score.tolist() == [1.0, 2.0]

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import pharmacist as ph
@@ -265,6 +265,44 @@ def test_weights_of_rows_are_for_the_training_alone(model: Path, tmp_path: Path)
         assert trainer.compute_loss_func is function
         losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
         assert len(losses) == 2 and all((loss > 100) == (function is own) for loss in losses)
+
+
+class Doubled(Trainer):
+    """A loss of the user's own."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        return (2 * outputs.loss, outputs) if return_outputs else 2 * outputs.loss
+
+
+class Mixed(ph.StrategyMixin, Doubled):
+    """The loss within the strategy's terms."""
+
+
+class Outside(ph.StrategyTrainer):
+    """The loss instead of them."""
+
+    compute_loss = Doubled.compute_loss
+
+
+def test_a_loss_of_the_users_own_does_not_hide_the_terms_of_a_strategy(model: Path, tmp_path: Path) -> None:
+    def own(kind: Any, strategy: Any) -> Any:
+        plain = make("full", model, tmp_path, strategy, arguments={"optim": "sgd", "learning_rate": 0.1})
+        given = {"train_dataset": plain.train_dataset, "data_collator": plain.data_collator}
+        trainer = kind(plain.model, plain.args, strategy=strategy, **given)
+        trainer.train()
+        return trainer
+
+    assert distance(*(weights(own(Mixed, strategy)) for strategy in (ph.KL(lam=50), ph.SFT()))) > 1e-4
+    with pytest.raises(CompatibilityError, match=r"Outside.compute_loss does not call super.*, which applies kl; "):
+        own(Outside, ph.KL(lam=50))
+    own(Outside, ph.SFT())
+
+
+def test_batches_without_labels_are_refused(model: Path, tmp_path: Path) -> None:
+    bare = make("full", model, tmp_path, ph.SFT()).train_dataset.remove_columns("labels")
+    with pytest.raises(DataError, match="batches have no labels; give rows of pharmacist.tokenize"):
+        make("full", model, tmp_path, ph.SFT(), train_dataset=bare).train()
 
 
 def test_another_model_and_unequal_tokens_are_refused(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.typed import flag
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
@@ -185,7 +185,10 @@ class Evaluator:
         answered = [JudgeItem(item["prompt"], item["answer"]) for item in items if not missing(item)]
         by_judge: dict[str, list[Verdict]] = {}
         for judge in dict.fromkeys(filter(None, (self.judge, self._refusals, self.second_judge))):
-            judged = iter(judge.judge(answered))
+            own = list(judge.judge(answered))
+            if len(own) != len(answered):
+                raise CompatibilityError(f"judge '{judge.name}': {len(own)} verdicts on {len(answered)} answers")
+            judged = iter(own)
             # An answer that never came is unscored, whatever the judge.
             by_judge[judge.label] = [
                 Verdict(None, note=f"no answer: {why}") if (why := missing(item)) else next(judged) for item in items

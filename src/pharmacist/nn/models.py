@@ -21,6 +21,7 @@ from pharmacist.core.hashing import sha256_content, sha256_json
 from pharmacist.core.typed import Given
 from pharmacist.data.templates import Template, check_template, choose_template, load_template
 from pharmacist.nn.devices import resolve_device, resolve_dtype
+from pharmacist.nn.hooks import replayed_rng
 from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.merge import MergedBase, lora_factors, merge_adapter, read_stack, split, stack
@@ -172,11 +173,12 @@ def load_model(
         return _copy(name, merge=merge)
     loader = _Loader(resolve_device(device), dtype, template, trust_remote_code)
     base, *adapters = lineage(name)
-    with base.blamed():
-        loaded = loader.load_base(base)
-    for source in adapters:
-        with source.blamed():
-            loaded = loader.add_adapter(loaded, source, merge=merge or source is not adapters[-1])
+    with replayed_rng(loader.device):  # weights are drawn at random before they are read
+        with base.blamed():
+            loaded = loader.load_base(base)
+        for source in adapters:
+            with source.blamed():
+                loaded = loader.add_adapter(loaded, source, merge=merge or source is not adapters[-1])
     check_template(loaded.template, loaded.tokenizer, name)
     return loaded
 
@@ -198,7 +200,8 @@ def wrap_model(
     """
     own: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if (
-        not hasattr(own, "get_input_embeddings")
+        not isinstance(own, torch.nn.Module)
+        or not hasattr(own, "get_input_embeddings")
         or not hasattr(own, "prepare_inputs_for_generation")
         or output_head(own) is None
         or getattr(own.config, "is_encoder_decoder", False)
@@ -218,8 +221,10 @@ def wrap_model(
             f"{path or 'the model'}: its adapters are disabled; enable_adapter_layers() turns them on, and unload() "
             "gives the model without them"
         )
-    found = copy.deepcopy(found)  # a padding token and a template may be set
     name = path or type(model).__name__
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CompatibilityError(f"{name}: some of its weights are not in memory (device meta); load it as a whole")
+    found = copy.deepcopy(found)  # a padding token and a template may be set
     check_tokenizer(name, found, model)
     base = path if path and not isinstance(model, PeftModel) and not is_output(Path(path)) else None
     loaded = LoadedModel(model, found, Template("alpaca"), name, base=MergedBase(base))

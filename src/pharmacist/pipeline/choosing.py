@@ -12,7 +12,7 @@ from pharmacist.core.console import plain
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import say
-from pharmacist.core.typed import AtLeast1, Share, checked
+from pharmacist.core.typed import AtLeast1, Fraction, Share, checked, hints_of
 from pharmacist.data.records import Records
 from pharmacist.pipeline.pages import read_table
 from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, SelectOptions, check_min_score
@@ -115,6 +115,10 @@ def choose(
     """
     from pharmacist.selectors.subset import Spread, core_rows  # with torch, for which pages must not wait
 
+    given = {"min_score": min_score, "diversity": diversity, "diversity_margin": margin, "fill": fill}
+    for name, value in given.items():
+        checked(name, hints_of(CurateOptions)[name], value)
+    checked("balance_share", Fraction, share)
     check_min_score(min_score, diversity, share > 0)
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")

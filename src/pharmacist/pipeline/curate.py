@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pharmacist.core.env import rank as process
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import print_table, say, warn
@@ -23,7 +23,7 @@ from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, chos
 from pharmacist.pipeline.curate_inputs import CurateInputs
 from pharmacist.pipeline.ranking import Ranking
 from pharmacist.pipeline.stages.curate import CURATE, RANK, SELECT, SPREAD, CurateOptions, SelectOptions
-from pharmacist.selectors.base import SelectionContext, scaled_to_mean_1
+from pharmacist.selectors.base import Scores, SelectionContext, scaled_to_mean_1
 from pharmacist.selectors.embeddings import pool_keys, pool_points
 from pharmacist.selectors.labels import rows_to_label
 
@@ -166,6 +166,9 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     # Before the ranking, which may add adapters to the model.
     points = (pool_points(context), pool_keys(context)) if options.diversity in SPREAD else None
     scores = selector.rank(context)
+    if not isinstance(scores, Scores):
+        raise CompatibilityError(f"selector '{selector.name}': rank must return Scores, not {type(scores).__name__}")
+    scores.check(selector.name, len(pool))
     if not np.isfinite(scores.score).all():
         bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
         raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")

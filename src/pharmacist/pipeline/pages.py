@@ -29,7 +29,7 @@ def ranking_manifest(folder: str | Path) -> RunManifest:
     """
     manifest = read_manifest(folder)
     if manifest.stage != "curate":
-        raise DataError(f"{folder}: a run of '{manifest.stage}', which ranks nothing; give the folder of a curate")
+        raise DataError(f"{folder}: a run of '{manifest.stage}', which writes no ranking; give the folder of a curate")
     if manifest.status != "success":
         raise DataError(f"{folder}: this curate is not finished; run the same command again to resume it")
     check_unchanged(folder, "scores.parquet", "to_label.jsonl")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.method import Method
 from pharmacist.core.rundir import RunDir
 
@@ -37,6 +37,8 @@ RANKED = "ranked"
 GOOD_REASONS = (CRITICAL, RANKED, "duplicate")
 """Reasons that do not speak against a row; a duplicate is a near-duplicate of a better critical row."""
 FEWEST_REFERENCES = 8
+TABLE_COLUMNS = frozenset({"row", "score", "rank", "selected", "reason", "duplicate_of", "label", "group", "weight"})
+"""Columns of ``scores.parquet`` that are no signals of a selector."""
 
 
 @dataclass
@@ -64,8 +66,18 @@ class Scores:
     weight: FloatArray | None = None
 
     def __post_init__(self) -> None:
+        self.score = np.asarray(self.score, dtype=np.float64)
         if not len(self.reason):
             self.reason = np.full(len(self.score), RANKED)
+
+    def check(self, selector: str, rows: int) -> None:
+        """Raises a CompatibilityError unless every row has one value of each kind, in a column of its own."""
+        own = {"score": self.score, "reason": self.reason, "telling": self.telling, "weight": self.weight}
+        for name, values in (*own.items(), *self.signals.items()):
+            if values is not None and len(values) != rows:
+                raise CompatibilityError(f"selector '{selector}': {name} has {len(values)} values for {rows} rows")
+        for name in TABLE_COLUMNS & self.signals.keys():
+            raise CompatibilityError(f"selector '{selector}': no signal may be called {name}, like another column")
 
     @classmethod
     def by_size(cls, size: npt.NDArray[Any], signal: str, *, largest: bool) -> "Scores":

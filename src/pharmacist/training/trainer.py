@@ -118,6 +118,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         self.strategy_seed = self.args.seed if strategy_seed is None else strategy_seed
         self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}
         self._step: StepContext | None = None
+        self._reached: StepContext | None = None  # the last one whose loss came through `compute_loss`
         self._start: Any = None  # of the strategy, when this Trainer first began
         self._forget()
         name = strategy.name
@@ -228,6 +229,10 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         if self._micro == 0:
             self.strategy.begin_update(update)
+        if inputs.get("labels") is None:
+            raise DataError(
+                "batches have no labels; give rows of pharmacist.tokenize and a collator that keeps their labels"
+            )
         self.without_targets += int(not bool(targets(inputs["labels"])[0].any()))
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             # An update without any target, on all processes alike: no pass, so no gradient, decay or momentum either.
@@ -257,6 +262,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
                     loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             finally:
                 self._step = None
+            self._check_objective(step)
             self.strategy.after_backward(step)
         if self.accelerator.sync_gradients:
             # Before the clipping, which would turn a norm that overflows into a gradient of zeros.
@@ -279,6 +285,16 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             raise CompatibilityError(
                 f"{self.strategy.name} cannot see gradients under reentrant gradient checkpointing; give "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+    def _check_objective(self, step: StepContext) -> None:
+        """Refuses a loss from which a strategy's terms, or the rows' weights, are missing."""
+        overridden = type(self.strategy).objective is not GradientStrategy.objective
+        if self._reached is not step and (overridden or step.weights is not None):
+            kind, what = type(self).__name__, self.strategy.name if overridden else "weights of rows"
+            raise CompatibilityError(
+                f"{kind}.compute_loss does not call super().compute_loss, which applies {what}; override it in a "
+                f"Trainer's class instead, and mix StrategyMixin into that: class {kind}(StrategyMixin, MyTrainer)"
             )
 
     def compute_loss(
@@ -304,6 +320,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             self.compute_loss_func = own
         loss, outputs = found if with_outputs else (found, None)
         if step is not None:
+            self._reached = step
             if outputs is not None and not outputs["logits"].requires_grad:
                 outputs = step.output(inputs)  # TRL's own outputs are without a graph
             # An objective gets and gives the micro-batch's part of the update, also where the Trainer divides later.

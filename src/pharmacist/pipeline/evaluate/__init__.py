@@ -1,6 +1,6 @@
 """The command `evaluate`: `reading` opens its inputs, `model` evaluates one, `several` more, `summary` prints."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pharmacist.pipeline.evaluate.model import evaluate_model
 from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
 
 
-@dataclass
+@dataclass(repr=False)
 class EvaluateResult:
     """The result of `evaluate`.
 
@@ -24,7 +24,7 @@ class EvaluateResult:
 
     metrics: dict[str, Any]
     folder: Path
-    _items: list[dict[str, Any]] | None = field(default=None, repr=False)  # answers may be harmful
+    _items: list[dict[str, Any]] | None = None
 
     def items(self) -> list[dict[str, Any]]:
         """The content of ``items.jsonl`` of one model: one object per prompt, with answer and verdicts."""
@@ -43,6 +43,9 @@ class EvaluateResult:
                 rows.append((model, name, metric["value"], low, high, metric.get("count"), metric["n"], by))
         table = pd.DataFrame(rows, columns=["model", "metric", "value", "low", "high", "count", "n", "by"])
         return table.drop(columns="model") if one else table
+
+    def __repr__(self) -> str:
+        return self.to_pandas().to_string(index=False, na_rep="")  # no answers, which may be harmful
 
     def _repr_html_(self) -> str:
         table = self.to_pandas()
