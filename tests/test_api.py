@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from docstring_parser import parse_from_object
@@ -163,6 +164,23 @@ def test_a_ranking_of_objects(model: PreTrainedModel, files: dict[str, str]) -> 
     other = ph.rank(SETS["pool"], safe=SETS["safe"], model=model, selector={"name": "embedding", "nearest": 0})
     assert not other.table.equals(own.table)
     del own, by_files, other  # their rows lie in temporary folders
+
+
+def test_a_ranking_with_a_folder_is_kept_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool, folder = datasets.Dataset.from_list(SETS["pool"]), tmp_path / "ranking"
+    given: dict[str, Any] = {"selector": "length", "top": 0.5, "output_dir": str(folder)}
+    first = ph.rank(pool, **given)
+    assert {"scores.parquet", "selected.jsonl", "report.html", "manifest.json"} <= {it.name for it in folder.iterdir()}
+    capsys.readouterr()
+    again, loaded = ph.rank(pool, **given), ph.Ranking.load(folder, pool)
+    assert "already complete" in capsys.readouterr().err
+    for other in (again, loaded):
+        assert other.table.equals(pd.read_parquet(folder / "scores.parquet"))
+        assert other.select(0.3).to_list() == first.select(0.3).to_list()
+    with pytest.raises(DataError, match="is missing"):
+        ph.Ranking.load(folder)
+    with pytest.raises(DataError, match="has changed since it was ranked"):
+        ph.Ranking.load(folder, SETS["pool"][:-1])
 
 
 @pytest.mark.usefixtures("untouched")

@@ -1,10 +1,11 @@
-"""Pharmacist: rank a safety-alignment dataset, keep the core subset, align on it, prove that it holds.
+"""Pharmacist: rank a safety-alignment dataset, keep the core subset, align on it, measure whether it holds.
 
 The names below are imported on first use, so that ``import pharmacist`` is fast. The same holds for all methods, under
 the names of their classes, such as ``pharmacist.Vaccine``, ``pharmacist.ProbeJudge`` or
 ``pharmacist.PharmacistSelector``.
 """
 
+from functools import partial, update_wrapper
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         commands = import_module("pharmacist.pipeline.commands").COMMANDS
         stage = commands[name.removesuffix("Options").lower()]
-        return stage.options if name.endswith("Options") else stage.function
+        return stage.options if name.endswith("Options") else update_wrapper(partial(stage), stage.function)
     if name[:1].isupper() and (path := _methods().get(name)):
         return getattr(import_module(path.partition(":")[0]), name)
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")

@@ -126,7 +126,8 @@ def rank(
         pool: Rows to rank.
         selector: A selector, such as ``PharmacistSelector(folds=3)``, or its name.
         to_label: Number of rows to suggest for labelling, those whose labels are most informative.
-        output_dir: Folder for partial state, so that an interrupted ranking can be resumed; temporary by default.
+        output_dir: Folder for everything that ``pharmacist curate`` writes, in which an interrupted ranking is resumed
+            and a finished one is loaded; by default nothing is kept.
 
     Returns:
         The ranking; `Ranking.select` gives the core subset.

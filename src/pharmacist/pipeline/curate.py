@@ -37,8 +37,12 @@ _NOT_ALWAYS = frozenset(
 _OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoint_seconds embedder".split()
 
 
-def curate(options: CurateOptions) -> Ranking | None:
+def curate(options: CurateOptions, option: str = "--{}") -> Ranking | None:
     """Ranks a pool and writes scores, core subset, page and manifest into the output folder.
+
+    Args:
+        options: Of the command.
+        option: Format of the names of inputs in messages.
 
     Returns:
         The ranking; None if the folder holds the same run already, and on all processes but the first.
@@ -46,7 +50,7 @@ def curate(options: CurateOptions) -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
-    inputs = CurateInputs(options)
+    inputs = CurateInputs(options, option)
     pool = inputs.sources["pool"]
     form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
     if form == "jsonl":
@@ -90,7 +94,11 @@ def curate(options: CurateOptions) -> Ranking | None:
 
 
 def rank(options: CurateOptions) -> Ranking:
-    """Ranks a pool without writing results."""
+    """Ranks a pool, and writes what `curate` writes if there is an output folder; a finished ranking is loaded."""
+    if options.output_dir:
+        made = curate(options, "{}")
+        barrier()
+        return made or Ranking.load(options.output_dir, options.pool)
     inputs = CurateInputs(options, "{}")
     with RANK.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
         ranking = _rank(inputs, run)

@@ -59,8 +59,12 @@ class Ranking:
     """Temporary folder from which rows are memory-mapped, unless they lie in that of a run."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Ranking":
-        """Loads a ranking from the output folder of `curate` and opens its pool.
+    def load(cls, folder: str | Path, pool: Any = None) -> "Ranking":
+        """Loads a ranking from the output folder of `curate` or `rank` and opens its pool.
+
+        Args:
+            folder: The output folder.
+            pool: The pool, if it is not a file or a Hub id: the dataset or list that was ranked.
 
         Raises:
             DataError: The folder contains no finished ranking, or the pool has changed since then.
@@ -68,14 +72,14 @@ class Ranking:
         folder, manifest = Path(folder), ranking_manifest(folder)
         config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
-        pool = f"{folder}: the pool {config['pool']}"
+        what = f"{folder}: the pool {config['pool']}"
         again = "restore it (a relative path counts from here), or rank it again with pharmacist curate"
         try:
-            source = open_source(config["pool"], name="pool")
+            source = open_source(config["pool"] if pool is None else pool, name="pool")
         except DataError as error:
-            raise DataError(f"{pool} is missing; {again}") from error
+            raise DataError(f"{what} is missing; {again}") from error
         if source.fingerprint() != manifest.inputs.get("pool"):
-            raise DataError(f"{pool} has changed since it was ranked; {again}")
+            raise DataError(f"{what} has changed since it was ranked; {again}")
         lines = folder / "to_label.jsonl"
         asked = [row["row"] for row in read_json_lines(lines)] if lines.is_file() else []
         to_label = np.searchsorted(table["row"], np.array(asked, dtype=np.int64))
