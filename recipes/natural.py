@@ -9,9 +9,11 @@
 | clean, safe | the pool without faults; references | safety-tuned of references.py |
 | harmful, attack | references; other rows for the attack | beavertails of references.py |
 | utility | references | alpaca of references.py |
+| judge-safe, judge-harmful, judge-utility | the judge's references: other rows | as safe, harmful, utility |
 | sst2, agnews | fine-tuning tasks | stanfordnlp/sst2, fancyzhx/ag_news |
 
 A local copy of do-not-answer or xstest has the columns of the set; those of all others are rows that `curate` reads.
+The judge's references are other rows of the same files; where a local file has none left, give it one of its own.
 --local pool=POOL labels=LABELS takes natural answers that are labelled already instead of the first two: a file of
 prompts and completions, and a list in its order of objects with label (safe, harmful, complies, overrefusal, benign),
 source, action and kind. --local clean=POOL clean-labels=LABELS takes the rows whose label is good. A task has
@@ -23,9 +25,9 @@ benign, the same prompt answered. The pool holds 78 % safe rows, 10 % benign one
 longer than --longest characters. No prompt of it, of the references or of the attack is among the prompts to evaluate.
 
 Writes pool.jsonl, labels.json (as `curate --labels` reads it), rows.json (labels as people gave them), clean.jsonl,
-safe.jsonl, harmful.jsonl, utility.jsonl, attack.jsonl, prompts.jsonl (risky), benign-prompts.jsonl (look unsafe),
-margin.jsonl (prompt, chosen refusal, rejected harmful answer), sst2.jsonl, sst2-test.jsonl, agnews.jsonl,
-agnews-test.jsonl and sources.json. Some of these rows are harmful: research material, not advice.
+safe.jsonl, harmful.jsonl, utility.jsonl, attack.jsonl, judge-safe.jsonl, judge-harmful.jsonl, judge-utility.jsonl,
+prompts.jsonl (risky), benign-prompts.jsonl (look unsafe), margin.jsonl (prompt, chosen refusal, rejected harmful
+answer), sst2.jsonl, sst2-test.jsonl, agnews.jsonl, agnews-test.jsonl and sources.json. Some of these rows are harmful: research material, not advice.
 """
 
 import argparse
@@ -69,6 +71,8 @@ DEFAULTS = {
 }
 """Name -> set of references.py, and what of it."""
 SIZES = {"safe": 128, "harmful": 60, "utility": 100, "attack": 40, "clean": 0}
+JUDGE = "judge-"
+SIZES |= {f"{JUDGE}{name}": SIZES[name] for name in ("safe", "harmful", "utility")}  # last: the others stay as they were
 PROMPTS, BENIGN, PAIRS, TRAIN, TEST, LONGEST = 60, 40, 36, 400, 80, 1200
 TASK_LONGEST = 600
 """Most characters of a task's prompt: a longer one can fill all 200 tokens of a row in the grid, which is refused."""
@@ -162,7 +166,7 @@ def labels_of(local, name, rows, of):
 
 def texts(source, name):
     """Prompts and completions of rows in any format."""
-    side = "rejected" if name in ("harmful", "attack") else "chosen"
+    side = "rejected" if name in ("harmful", "attack", "judge-harmful") else "chosen"
     with tempfile.TemporaryDirectory(prefix="natural-") as folder:
         found = read_records(open_source(source, name=f"--local {name}"), work_dir=folder, side=side).dataset
         return [{"prompt": row["prompt"], "completion": row["completion"]} for row in found]
@@ -170,7 +174,9 @@ def texts(source, name):
 
 def others(local, name):
     """Pairs of the clean pool, the references or the attack, and where they come from."""
-    default, role = DEFAULTS[name]
+    if name not in local:
+        name = name.removeprefix(JUDGE)
+    default, role = DEFAULTS[name.removeprefix(JUDGE)]
     if name not in local:
         places = list(SETS[default].places)
         return pairs_of(default, role, [row for place in places for row in read(default, place)], places), places
@@ -313,7 +319,8 @@ def make(folder, local=None, rows=320, longest=800, seed=0):
         cut = (rows, longest) if name == "clean" else (wanted, sys.maxsize if name in local else LONGEST)
         files[name] = draw(pairs, *cut, seen, np.random.default_rng(derive(seed, name)))
         if not files[name]:
-            raise DataError(f"--local {name}: none of {len(pairs)} rows can be used; check the file")
+            other = "give it a file of its own" if name.startswith(JUDGE) else "check the file"
+            raise DataError(f"--local {name}: none of {len(pairs)} rows can be used; {other}")
     labelled, places["pool"] = natural(local)
     pool, *held = split(labelled, rows, longest, {prompt_key(row["prompt"]) for n in SIZES for row in files[n]}, seed)
     files["pool"] = [{name: row[name] for name in ("prompt", "completion")} for row in pool]

@@ -290,6 +290,7 @@ def natural(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[ModuleType
         "do-not-answer": do_not_answer(60),
         "xstest": xstest(80),
         **{name: rows(name, 80 if name == "clean" else 12) for name in ("clean", "safe", "harmful", "utility")},
+        **{name: rows(name, 12) for name in ("judge-safe", "judge-harmful", "judge-utility")},
         "attack": rows("attack", 20, HELP),
         "sst2": [{"prompt": f"review {i}", "completion": "positive"} for i in range(170)],
         "agnews": [{"prompt": f"story {i}" + " on" * 300 * (i % 8 == 0), "completion": "World"} for i in range(180)],
@@ -321,7 +322,8 @@ def test_natural_rows_and_what_is_held_out(natural: tuple[ModuleType, dict[str, 
         "teaches_compliance": 5,
         "over_refusal": 3,
     }
-    used = {row["prompt"] for name in ("pool", "safe", "harmful", "utility", "attack") for row in found[name]}
+    used = {row["prompt"] for name in ("pool", *script.SIZES) for row in found[name]}
+    assert all(row["prompt"].startswith(name) for name in script.SIZES for row in found[name])
     assert (len(found["prompts"]), len(found["benign-prompts"]), len(found["margin"])) == (12, 12, 6)
     assert all(row["prompt"] not in used for name in ("prompts", "benign-prompts", "margin") for row in found[name])
     assert all("kill" in row["prompt"] for row in found["benign-prompts"])
@@ -397,6 +399,19 @@ def test_what_natural_rows_lack_is_said_in_one_line(
         assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
 
 
+def test_the_references_of_the_judge_are_other_rows(
+    natural: tuple[ModuleType, dict[str, list[str]]], tmp_path: Path
+) -> None:
+    script, local = natural
+    del local["judge-safe"]
+    with pytest.raises(DataError, match="--local judge-safe: none of 12 rows can be used; give it a file of its own"):
+        script.make(tmp_path / "made", local, rows=60)
+    local["safe"] = [write(tmp_path / "more.jsonl", rows("more", 140))]
+    script.make(tmp_path / "made", local, rows=60)
+    selector, judge = ({row["prompt"] for row in read(tmp_path / f"made/{n}.jsonl")} for n in ("safe", "judge-safe"))
+    assert (len(selector), len(judge), len(selector | judge)) == (128, 12, 140)
+
+
 def test_the_recipe_reads_what_is_made(
     natural: tuple[ModuleType, dict[str, list[str]]],
     tmp_path: Path,
@@ -412,7 +427,9 @@ def test_the_recipe_reads_what_is_made(
     # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, three of half batches and the other
     # defenses: some.
     arms = 2 * (18 + 16) + 2 * 2 * 8 + (11 + 10) + 2 * 2 * 9 + 3 * 2 * 9 + 2 * 2 * 7 + 3 * 2 * 7
-    assert f"{arms * 2 * 2 * 5} cells" in capsys.readouterr().err  # tasks, judges, seeds
+    said = capsys.readouterr().err
+    assert f"{arms * 2 * 2 * 5} cells" in said  # tasks, judges, seeds
+    assert "learns from references" not in said
 
 
 # --- SmolLM2 --------------------------------------------------------------------------------------------------------
