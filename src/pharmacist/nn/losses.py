@@ -3,8 +3,7 @@
 import torch
 from torch.nn import functional
 
-
-_IGNORED = -100  # label of positions without a target, as in `data.tokenize`
+from pharmacist.data.batches import IGNORED
 
 
 def precise(tensor: torch.Tensor) -> torch.Tensor:
@@ -15,9 +14,9 @@ def precise(tensor: torch.Tensor) -> torch.Tensor:
 def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
     # Flat, and with an idle target at the end instead of a slice: a transposed or sliced view would copy the logits,
     # the largest tensor of all, and takes 3 to 7 times as long on a CPU.
-    following = functional.pad(targets[:, 1:], (0, 1), value=_IGNORED)
+    following = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
     return functional.cross_entropy(
-        precise(logits).flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=_IGNORED
+        precise(logits).flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=IGNORED
     )
 
 
@@ -73,7 +72,7 @@ def batch_loss(
     else:
         losses = _next_token_losses(logits, labels, "none").view_as(labels)
         total = (losses.sum(1) * weights.to(losses)).sum()
-    return total / ((labels[:, 1:] != _IGNORED).sum().clamp(min=1) if n_targets is None else n_targets)
+    return total / ((labels[:, 1:] != IGNORED).sum().clamp(min=1) if n_targets is None else n_targets)
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,8 +82,8 @@ def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
         in the same order.
     """
-    following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
-    keep = following != _IGNORED
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    keep = following != IGNORED
     return keep, following[keep]
 
 

@@ -87,3 +87,9 @@ class Figure:
         if self.low is None or self.high is None:
             return mean
         return f"{mean} {ends.format(f'{self.low:.{digits}f}', f'{self.high:.{digits}f}')}"
+
+
+def rate_text(found: Mapping[str, Any] | None) -> str:
+    """The text of `Figure.of` a JSON object; a hyphen where it has no value."""
+    figure = Figure.of(found)
+    return "-" if figure is None else figure.text()
