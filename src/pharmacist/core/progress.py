@@ -81,15 +81,10 @@ def print_table(
     wrap: bool = True,
     total: Sequence[str] = (),
 ) -> None:
-    """Prints a table.
+    """Prints a table; cells that a row lacks at its end are empty.
 
-    Args:
-        title: Above it.
-        head: Names of the columns.
-        rows: Cells; those that a row lacks at its end are empty.
-        text: Positions of the columns that hold text and start at the left; all others hold numbers.
-        wrap: Whether numbers may be broken over lines where the terminal is narrow.
-        total: A last row, below a line.
+    Columns at the positions `text` start at the left, all others hold numbers, which without `wrap` are not broken
+    over lines where the terminal is narrow. `total` is a last row, below a line.
     """
     table = Table(title=title)
     for at, name in enumerate(head):

@@ -94,11 +94,8 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
 def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
     """Concatenates the rows of all processes, detached; their number and length may differ between processes.
 
-    Args:
-        tensor: Shape [rows, length, ...]; shorter ones are padded with zeros.
-
-    Returns:
-        Shape [all rows, greatest length, ...], and the first row of this process.
+    A tensor of shape [rows, length, ...] becomes one of shape [all rows, greatest length, ...], padded with zeros; the
+    number of this process's first row comes with it.
     """
     if world_size() == 1:
         return tensor.detach(), 0

@@ -23,9 +23,7 @@ def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: s
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token given the tokens before it, shape [rows, length - 1]; entry t is of token t + 1.
 
-    Args:
-        logits: Shape [rows, length, vocabulary].
-        input_ids: Shape [rows, length].
+    `logits` have the shape [rows, length, vocabulary], `input_ids` [rows, length].
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
@@ -106,13 +104,9 @@ def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     The mean of K_xx + K_yy - K_xy - K_yx with diagonals (a V-statistic, so never negative), where the middle kernel's
     width is the mean squared distance over all pairs of distinct rows, held constant in the derivative. With one row
-    each it is 6.186 whatever they hold.
+    each it is 6.186 whatever they hold. Both samples have the shape [rows, features].
 
     Source: RepNoise (arXiv 2405.14577), noise loss.
-
-    Args:
-        x: Shape [rows, features].
-        y: Shape [rows, features].
     """
     n = len(x)
     rows = precise(torch.cat([x, y]))

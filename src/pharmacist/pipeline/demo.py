@@ -48,9 +48,7 @@ class DemoResult:
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
     """Runs the demo and writes ``demo.json`` and ``report.html``.
 
-    Args:
-        options: Of the command.
-        grid: A benchmark with the selectors full, random and core, one pool and one model.
+    `grid` is a benchmark with the selectors full, random and core, one pool and one model.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.

@@ -266,9 +266,7 @@ def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> V
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
     """Adds corrected p and verdicts to the values of a metric, by Holm's correction (Holm 1979) over those with a p.
 
-    Args:
-        values: Of the family; None where nothing was measured.
-        better: 1 where higher is better, -1 where lower is.
+    A value is None where nothing was measured; `better` is 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
