@@ -79,6 +79,8 @@ def _base_models(path: str, *seen: str) -> Iterator[str]:
             base = read_json(os.path.join(folder, "adapter_config.json"))["base_model_name_or_path"]
         except (DataError, OSError, KeyError, TypeError):  # the loader says what is wrong with it
             continue
+        if isinstance(base, str) and base.startswith(".") and not os.path.isdir(base):
+            base = os.path.normpath(os.path.join(os.path.realpath(folder), base))  # it starts at the adapter's folder
         if isinstance(base, str) and os.path.isdir(base) and base not in seen:
             yield base
             yield from _base_models(base, path, *seen)
