@@ -232,7 +232,6 @@ def test_the_order_is_that_of_the_grid() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.drop(columns="task"), "no column 'task'"),
         (lambda table: table.iloc[:0], "no cell is finished"),
         (lambda table: pd.concat([table, table.iloc[:1]]), "two rows for m / p / mix"),
     ],

@@ -16,8 +16,7 @@ _LARGE = 50_000_000
 def resolve_device(device: str) -> torch.device:
     """A device by its name, ``cpu`` or ``cuda``; ``auto`` is the (local) GPU where there is one.
 
-    Raises:
-        CompatibilityError: ``cuda`` where torch sees no such device.
+    A CompatibilityError for ``cuda`` where torch sees no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -83,19 +83,17 @@ class Benchmark:
     """All lines of a benchmark.
 
     Args:
-        results: Content of ``results.parquet``.
+        results: Content of ``results.parquet``, with all axes.
         order: Names on each axis in the order of the grid; names that it lacks follow, the full pool first.
         baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
-        DataError: A column is missing, there is no row, or two rows are of one cell and seed.
+        DataError: There is no row, or two rows are of one cell and seed.
     """
 
     def __init__(
         self, results: pd.DataFrame, order: Mapping[str, Sequence[Any]] | None = None, baseline: str = BASELINE
     ) -> None:
-        if missing := [name for name in (*AXES, "seed") if name not in results]:
-            raise DataError(f"results.parquet: no column '{missing[0]}'; it was written by another program or version")
         if not len(results):
             raise DataError("results.parquet: no cell is finished yet; run the benchmark again to go on with it")
         if (twice := results.duplicated([*AXES, "seed"])).any():

@@ -147,14 +147,9 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
 class Training:
     """The training of a stage; interrupted, it continues from its last checkpoint, bit for bit on a CPU.
 
-    Attributes:
-        loaded: The model, from `prepare_model`.
-        encoded: The rows.
-        strategy: The method.
-        options: The stage's.
-        run: Its folder; checkpoints go to ``work/train``.
-        streams: Further batches for the strategy (`data.streams`).
-        weights: Factor of each row's main loss, by the row's number; None where all weigh alike.
+    The model is one from `prepare_model`. Checkpoints go to ``work/train`` in the folder of the run. `streams` are
+    further batches for the strategy (`data.streams`), and `weights` factors of the rows' main losses by the number of
+    the row; None where all weigh alike.
     """
 
     loaded: LoadedModel
