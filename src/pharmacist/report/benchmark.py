@@ -339,7 +339,7 @@ def _short(metric: Metric, verdict: Mapping[str, Any] | None, most: Mapping[str,
         return "-"
     star = "*" if verdict["better"] or verdict["worse"] else ""
     few = f" ({verdict['n']} of {most[metric.key]})" if verdict["n"] < most[metric.key] else ""
-    return f"{verdict['mean']:+.{metric.digits}f}{star}{few}"
+    return f"{verdict['mean']:+z.{metric.digits}f}{star}{few}"
 
 
 # --- tables for papers ----------------------------------------------------------------------------------------------

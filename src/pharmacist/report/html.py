@@ -228,15 +228,15 @@ def _minus(number: str) -> str:
 
 
 def _signed(number: float, digits: int = 1) -> str:
-    return _minus(f"{round(number, digits) + 0.0:+.{digits}f}")  # no minus zero
+    return _minus(f"{number:+z.{digits}f}")  # no minus zero
 
 
 def _with_interval(found: Figure | Mapping[str, Any] | None, unit: str) -> Markup:
     found = found if isinstance(found, Figure) else Figure.of(found)
     if found is None:
         return Markup("–")
-    mean = Markup('<span class="value">{:.1f}{}{}</span>').format(found.mean, _NARROW, unit)
+    mean = Markup('<span class="value">{:z.1f}{}{}</span>').format(found.mean, _NARROW, unit)
     if found.low is None or found.high is None:
         return mean
-    ends = [_minus(f"{end:.1f}") for end in (found.low, found.high)]
+    ends = [_minus(f"{end:z.1f}") for end in (found.low, found.high)]
     return mean + Markup(' <span class="interval">{} to {}</span>').format(*ends)
