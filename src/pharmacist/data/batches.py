@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 
 IGNORED = -100
@@ -47,9 +46,12 @@ def pad(
     Returns:
         Token ids, and 1 on tokens and 0 on padding: int64 of shape [rows, length].
     """
-    rows, side = [torch.from_numpy(np.array(row, dtype=np.int64)) for row in ids], "left" if left else "right"
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side), mask
+    shape = (len(ids), max(map(len, ids)))
+    padded, mask = np.full(shape, fill, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for i, row in enumerate(ids):
+        where = slice(shape[1] - len(row), None) if left else slice(len(row))
+        padded[i, where], mask[i, where] = row, 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
