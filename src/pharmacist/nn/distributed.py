@@ -11,38 +11,31 @@ from pharmacist.core.errors import PharmacistError
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import PartialState
 
 T = TypeVar("T")
 
 
 @cache
-def _state() -> "PartialState":
+def _operations() -> Any:
+    """The functions of accelerate, for processes that have found each other."""
     import atexit
 
     import torch
     import torch.distributed as dist
-    from accelerate import PartialState
+    from accelerate import PartialState, utils
 
     # A process that exits with open connections can be aborted by their threads, after all its work is done.
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     # Without cpu=True accelerate sees a single process on CPUs, so none would wait.
     # The first process may ask an endpoint for hours, for which the others wait.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-
-
-def _operations() -> Any:
-    """The functions of accelerate, for processes that have found each other."""
-    from accelerate import utils
-
-    _state()
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     return utils
 
 
 def barrier() -> None:
     """Waits until every process of the launcher has reached this call; does nothing without a launcher."""
     if world_size() > 1:
-        _state().wait_for_everyone()
+        _operations().wait_for_everyone()
 
 
 def my_share(jobs: Sequence[T]) -> list[T]:
