@@ -120,16 +120,9 @@ def save_model(
     holds the whole change (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
     Links in `root` make it what transformers and PEFT load from there.
 
-    Args:
-        loaded: The trained or repaired model.
-        root: Folder in which the others are made.
-        card: Its README.md.
-        trained_on: Fingerprint of the model that it was trained on.
-        merge: Also write ``model/`` with the adapter merged into the weights.
-        last: `loaded` becomes the whole model where that is written; else a copy is merged.
-
-    Returns:
-        Names of the folders.
+    `trained_on` is the fingerprint of the model that it was trained on. `merge` also writes ``model/``, with the
+    adapter merged into the weights. Where the whole model is written, `loaded` becomes it if this is the `last` time;
+    else a copy is merged. Returns the names of the folders.
     """
     if rank() != 0:
         return []
