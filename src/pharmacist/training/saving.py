@@ -61,13 +61,8 @@ class ModelResult:
 class Card:
     """Text of a model card, the README.md of a model, besides the hub's metadata.
 
-    Attributes:
-        title: Headline, after the name of the model that it was made from.
-        what: One paragraph.
-        tags: Besides ``pharmacist``.
-        facts: Rows of the table.
-        intended_use: One paragraph.
-        settings: Shown as YAML.
+    The title follows the name of the model that it was made from; `what` and `intended_use` are one paragraph each,
+    `tags` those besides ``pharmacist``, `facts` the rows of the table, and `settings` are shown as YAML.
     """
 
     title: str
