@@ -460,7 +460,8 @@ def test_names_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "place", "out out/a.jsonl ./out/../out/a.jsonl harmbench:out/a.jsonl out/data:train link out/away adapter".split()
+    "place",
+    "out out/a.jsonl ./out/../out/a.jsonl harmbench:out/a.jsonl out/data:train link out/away adapter nearby".split(),
 )
 def test_whatever_lies_in_the_output_folder_is_an_input(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -471,13 +472,17 @@ def test_whatever_lies_in_the_output_folder_is_an_input(
     (tmp_path / "link").symlink_to("out/a.jsonl")
     (tmp_path / "b.jsonl").touch()
     (tmp_path / "out" / "away").symlink_to("../b.jsonl")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": os.path.abspath("out/data")})
-    )
+    for adapter, base in (
+        ("adapter", os.path.abspath("out/data")),
+        ("nearby", "../out/data"),
+        ("circle", "../circle"),
+    ):
+        (tmp_path / adapter).mkdir()
+        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ConfigError, match="^--files .* lies in the output folder out, which"):
         check_outside(Path("out"), Named(output_dir="out", files=["b.jsonl", place]))
     if place != "out":  # which is more often a name
         with pytest.raises(ConfigError, match="^--defense.model .* lies in the output folder out, which"):
             check_outside(Path("out"), Named(output_dir="out", defense={"name": "x", "model": place}))
-    check_outside(Path("elsewhere"), Named(output_dir="elsewhere", files=["b.jsonl", place]))
+    (tmp_path / "elsewhere").mkdir()
+    check_outside(Path("elsewhere"), Named(output_dir="elsewhere", files=["b.jsonl", place, "circle"]))

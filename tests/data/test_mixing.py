@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
 from pharmacist.data.mixing import assert_disjoint, mix, shared_prompts
 from pharmacist.data.records import to_dataset
 
@@ -62,9 +62,6 @@ def test_asking_for_too_much():
         mix(BENIGN, HARMFUL, n=100, poison_ratio=0.7, seed=0)
     with pytest.raises(DataError, match="270 benign rows are requested, but there are only 200"):
         mix(BENIGN, HARMFUL, n=300, poison_ratio=0.1, seed=0)
-    for n, p in ((0, 0.1), (10, -0.1), (10, 1.1), (10, float("nan"))):
-        with pytest.raises(ConfigError):
-            mix(BENIGN, HARMFUL, n=n, poison_ratio=p, seed=0)
 
 
 def test_shared_prompts_are_refused():

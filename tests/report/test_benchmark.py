@@ -229,10 +229,14 @@ def test_the_order_is_that_of_the_grid() -> None:
     assert [several.name(series) for series in several.series] == ["full", "ant 10 %", "ant 30 %"]
 
 
+def test_no_number_is_minus_zero() -> None:
+    assert Figure(-0.04, -0.04, 0.03).text(sign="+") == "+0.0 [0.0, 0.0]"
+    assert Figure(-0.04).text(digits=2) == "-0.04"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.drop(columns="task"), "no column 'task'"),
         (lambda table: table.iloc[:0], "no cell is finished"),
         (lambda table: pd.concat([table, table.iloc[:1]]), "two rows for m / p / mix"),
     ],

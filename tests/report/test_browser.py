@@ -1,5 +1,6 @@
 """A page in a real browser: charts, search, filters, hidden texts, theme, and no request."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,15 @@ def test_only_real_differences_of_the_harmful_score(browser: Browser, tmp_path: 
     page = browser.open(tmp_path / "none" / "report.html")
     assert not page.is_visible("#real"), "a loss margin is no harmful score"
     assert browser.complaints == []
+    page.close()
+
+
+def test_no_number_is_minus_zero(browser: Browser, tmp_path: Path) -> None:
+    write_bench(tmp_path, results({"core": -0.03}, noise=0.0))
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    page = browser.open(tmp_path / "report.html")
+    text = page.inner_text("main")
+    assert "0.0" in text and not re.search(r"\u22120\.0+(?!\d)", text)
     page.close()
 
 

@@ -14,12 +14,10 @@ from pharmacist.core.typed import flag
 def check_outside(root: Path, options: Any, *, within: str = "") -> None:
     """Refuses options that name something in a folder, or a model that rests on something in it, by a ConfigError.
 
-    Args:
-        root: The output folder; it need not exist.
-        options: A dataclass. Every text in it that is the path of something counts (also within ``NAME:PATH`` and
-            ``FOLDER:SPLIT``), so that no command has to say what it reads, but those of the options in ``NOT_PATHS``,
-            which are names also where the output folder is called so.
-        within: Option of which these are the parts, such as ``evaluate.``.
+    The folder, `root`, need not exist. Every text in `options`, a dataclass, that is the path of something counts
+    (also within ``NAME:PATH`` and ``FOLDER:SPLIT``), so that no command has to say what it reads, but those of the
+    options in ``NOT_PATHS``, which are names also where the output folder is called so. `within` is the option of
+    which these are the parts, such as ``evaluate.``.
     """
     folder = os.path.realpath(root)
     if not os.path.isdir(folder):
@@ -81,6 +79,8 @@ def _base_models(path: str, *seen: str) -> Iterator[str]:
             base = read_json(os.path.join(folder, "adapter_config.json"))["base_model_name_or_path"]
         except (DataError, OSError, KeyError, TypeError):  # the loader says what is wrong with it
             continue
+        if isinstance(base, str) and base.startswith(".") and not os.path.isdir(base):
+            base = os.path.normpath(os.path.join(os.path.realpath(folder), base))  # it starts at the adapter's folder
         if isinstance(base, str) and os.path.isdir(base) and base not in seen:
             yield base
             yield from _base_models(base, path, *seen)

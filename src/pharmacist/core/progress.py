@@ -1,7 +1,7 @@
 """Progress bars and console on standard error (rich); one switch makes both silent."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -46,14 +46,25 @@ def console() -> _Console:
 
 
 @contextmanager
-def silenced(quiet: bool = True) -> Iterator[None]:
-    """Turns messages and bars off in the block, if `quiet`; where they are off already, they stay so."""
+def _switched(**switches: bool) -> Iterator[None]:
+    """Sets switches of the console for the block."""
     out = console()
-    before, out.quiet = out.quiet, out.quiet or quiet
+    before = {name: getattr(out, name) for name in switches}
+    vars(out).update(switches)
     try:
         yield
     finally:
-        out.quiet = before
+        vars(out).update(before)
+
+
+def silenced(quiet: bool = True) -> AbstractContextManager[None]:
+    """Turns messages and bars off in the block, if `quiet`; where they are off already, they stay so."""
+    return _switched(quiet=console().quiet or quiet)
+
+
+def hushed() -> AbstractContextManager[None]:
+    """Suppresses messages in the block, for stages that run many others; bars are still drawn."""
+    return _switched(hushed=True)
 
 
 def say(text: str) -> None:
@@ -70,15 +81,10 @@ def print_table(
     wrap: bool = True,
     total: Sequence[str] = (),
 ) -> None:
-    """Prints a table.
+    """Prints a table; cells that a row lacks at its end are empty.
 
-    Args:
-        title: Above it.
-        head: Names of the columns.
-        rows: Cells; those that a row lacks at its end are empty.
-        text: Positions of the columns that hold text and start at the left; all others hold numbers.
-        wrap: Whether numbers may be broken over lines where the terminal is narrow.
-        total: A last row, below a line.
+    Columns at the positions `text` start at the left, all others hold numbers, which without `wrap` are not broken
+    over lines where the terminal is narrow. `total` is a last row, below a line.
     """
     table = Table(title=title)
     for at, name in enumerate(head):
@@ -100,23 +106,8 @@ def print_table(
 
 def warn(text: str) -> None:
     """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries."""
-    out = console()
-    before, out.quiet = out.quiet, rank() != 0
-    try:
+    with _switched(quiet=rank() != 0):
         say(f"warning: {plain(text)}")
-    finally:
-        out.quiet = before
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Suppresses messages in the block, for stages that run many others; bars are still drawn."""
-    out = console()
-    before, out.hushed = out.hushed, True
-    try:
-        yield
-    finally:
-        out.hushed = before
 
 
 @cache

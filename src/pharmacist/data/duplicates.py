@@ -52,10 +52,8 @@ def find_duplicates(
 ) -> IntArray:
     """Finds rows that say the same; a chain of near-duplicates is one cluster.
 
-    Args:
-        rows: Canonical rows (`data.records`).
-        threshold: Least Jaccard similarity of near-duplicates, in (0, 1].
-        work_dir: Folder for signatures (about 300 bytes a row), removed afterwards; a temporary one by default.
+    `rows` are canonical rows (`data.records`), and `threshold` is the least Jaccard similarity of near-duplicates, in
+    (0, 1]. Signatures (about 300 bytes a row) lie in `work_dir`, by default in a temporary folder, until the end.
 
     Returns:
         Per row the smallest position in its cluster, shape [rows]; for a row without duplicates its position.

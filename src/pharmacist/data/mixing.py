@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pharmacist.core.console import named
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.data.records import column
 
@@ -38,9 +38,6 @@ def mix(
     Returns:
         The rows, shuffled, with their columns and ``is_harmful`` (bool). ``row`` is their number in their source.
     """
-    if n < 1 or not 0 <= poison_ratio <= 1:
-        wrong = f"samples {n}: must be at least 1" if n < 1 else f"poison ratio {poison_ratio}: must lie in [0, 1]"
-        raise ConfigError(wrong)
     n_harmful = round(poison_ratio * n)
     if 0 < n_harmful < n:
         assert_disjoint(benign, harmful, names=("the benign rows", "the harmful rows"))

@@ -32,9 +32,6 @@ class EndlessRows(Iterator[dict[str, torch.Tensor]]):
         self.position = 0
         self._order = lru_cache(2)(self._ordered)
 
-    def __len__(self) -> int:
-        return self.rows
-
     def __next__(self) -> dict[str, torch.Tensor]:
         size = self.batch_size * world_size()
         numbers = range(self.position * size + rank(), (self.position + 1) * size, world_size())

@@ -95,11 +95,7 @@ class TrainingState:
 class AdapterBank:
     """Named LoRA adapters on one frozen model; all start from the same weights (common random numbers).
 
-    Args:
-        model: A causal language model; its weights are frozen.
-        options: Shape of the adapters.
-        seed: Of the common initial weights.
-        checkpoint_seconds: Time between checkpoints of a training.
+    The weights of the model, a causal language model, are frozen; `seed` is that of the common initial weights.
     """
 
     def __init__(self, model: nn.Module, options: AdapterOptions, seed: int, checkpoint_seconds: float = 30.0) -> None:

@@ -84,10 +84,7 @@ class PassPlan:
 def plan_pass(sequences: Sequences, tokens_per_batch: int, rows: IntArray | None = None) -> PassPlan:
     """Orders rows by length (ties by content) and cuts them into batches of at most `tokens_per_batch` padded tokens.
 
-    Args:
-        sequences: The rows.
-        tokens_per_batch: Upper bound of rows x longest row; a longer row is a batch by itself.
-        rows: Only these rows, all by default.
+    A longer row is a batch by itself. Only `rows` are read, by default all.
     """
     keys = sequences.content_keys
     chosen = np.arange(len(keys), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)

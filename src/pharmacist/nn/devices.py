@@ -16,8 +16,7 @@ _LARGE = 50_000_000
 def resolve_device(device: str) -> torch.device:
     """A device by its name, ``cpu`` or ``cuda``; ``auto`` is the (local) GPU where there is one.
 
-    Raises:
-        CompatibilityError: ``cuda`` where torch sees no such device.
+    A CompatibilityError for ``cuda`` where torch sees no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,13 +34,8 @@ def resolve_dtype(
 
     Those are CPUs that multiply in bfloat16, and large models that were saved in it. There a forward pass of SmolLM2
     (135M) takes a third of the time in float32, a LoRA training step half. A small model would gain little, and one
-    that was saved in float32 would lose digits that it has.
-
-    Args:
-        dtype: ``auto``, ``float32`` or ``bfloat16``.
-        device: Where the model will be.
-        config: Of the model, a `transformers.PretrainedConfig`; without one a CPU takes float32.
-        trust_remote_code: As in `nn.models.load_model`.
+    that was saved in float32 would lose digits that it has. `config` is that of the model, a
+    `transformers.PretrainedConfig`; without one a CPU takes float32.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

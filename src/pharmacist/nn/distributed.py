@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import PharmacistError
@@ -11,30 +11,31 @@ from pharmacist.core.errors import PharmacistError
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import PartialState
 
 T = TypeVar("T")
 
 
 @cache
-def _state() -> "PartialState":
+def _operations() -> Any:
+    """The functions of accelerate, for processes that have found each other."""
     import atexit
 
     import torch
     import torch.distributed as dist
-    from accelerate import PartialState
+    from accelerate import PartialState, utils
 
     # A process that exits with open connections can be aborted by their threads, after all its work is done.
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     # Without cpu=True accelerate sees a single process on CPUs, so none would wait.
     # The first process may ask an endpoint for hours, for which the others wait.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    return utils
 
 
 def barrier() -> None:
     """Waits until every process of the launcher has reached this call; does nothing without a launcher."""
     if world_size() > 1:
-        _state().wait_for_everyone()
+        _operations().wait_for_everyone()
 
 
 def my_share(jobs: Sequence[T]) -> list[T]:
@@ -45,11 +46,8 @@ def my_share(jobs: Sequence[T]) -> list[T]:
 def from_main(value: T) -> T:
     """The first process's `value`, broadcast to every process."""
     if world_size() > 1:
-        from accelerate.utils import broadcast_object_list
-
-        _state()
         values = [value]
-        broadcast_object_list(values)
+        _operations().broadcast_object_list(values)
         return values[0]
     return value
 
@@ -75,40 +73,28 @@ def on_main(job: Callable[[], T]) -> T:
 
 def from_all(value: T) -> list[T]:
     """Every process's `value`, in the order of the processes; the same on each."""
-    if world_size() == 1:
-        return [value]
-    from accelerate.utils import gather_object
-
-    _state()
-    return list(gather_object([value]))
+    return [value] if world_size() == 1 else list(_operations().gather_object([value]))
 
 
 def total(tensor: "torch.Tensor") -> "torch.Tensor":
     """Sum of a tensor over all processes, detached; the same on each."""
     if world_size() == 1:
         return tensor.detach()
-    from accelerate.utils import reduce
-
-    _state()
-    summed: torch.Tensor = reduce(tensor.detach().clone(), reduction="sum")
+    summed: torch.Tensor = _operations().reduce(tensor.detach().clone(), reduction="sum")
     return summed
 
 
 def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
     """Concatenates the rows of all processes, detached; their number and length may differ between processes.
 
-    Args:
-        tensor: Shape [rows, length, ...]; shorter ones are padded with zeros.
-
-    Returns:
-        Shape [all rows, greatest length, ...], and the first row of this process.
+    A tensor of shape [rows, length, ...] becomes one of shape [all rows, greatest length, ...], padded with zeros; the
+    number of this process's first row comes with it.
     """
     if world_size() == 1:
         return tensor.detach(), 0
     import torch
-    from accelerate.utils import gather
 
-    _state()
+    gather = _operations().gather
     sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
     rows, length = sizes.max(0).values.tolist()
     padded = tensor.new_zeros((1, rows, length, *tensor.shape[2:]))

@@ -25,11 +25,8 @@ _SHORT = 256
 def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
     """Registers a forward hook on modules for the block, which gets the module's name as a first argument.
 
-    Args:
-        modules: By name.
-        hook: ``(name, module, args, kwargs, output)``; may return another output.
-        before: Call the hook before the module runs, as ``(name, module, args, kwargs)``; it may return other args and
-            kwargs.
+    The hook is called as ``(name, module, args, kwargs, output)`` and may return another output; with `before` it is
+    called before the module runs, as ``(name, module, args, kwargs)``, and may return other args and kwargs.
     """
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -69,9 +66,7 @@ def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterat
 def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
     """Adds a constant to each module's output; the block must include the backward pass.
 
-    Args:
-        modules: By name; those without an offset are left alone.
-        offsets: Same shape as the module's output; cast to its dtype.
+    An offset has the shape of the module's output and is cast to its dtype; modules without one are left alone.
     """
 
     def add(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -88,11 +83,8 @@ def activation_gradients(
 ) -> tuple[torch.Tensor, Activations]:
     """The derivative of a loss with respect to the outputs of modules.
 
-    No parameter gets a gradient, and up to the first module that runs no graph is built at all.
-
-    Args:
-        modules: By name.
-        loss: Runs the model once and returns a scalar.
+    `loss` runs the model once and returns a scalar. No parameter gets a gradient, and up to the first module that runs
+    no graph is built at all.
 
     Returns:
         The loss, detached, and the derivative per module, in the dtype of its output.
@@ -121,9 +113,7 @@ def activation_gradients(
 def head_at(head: nn.Module | None, keep: torch.Tensor) -> AbstractContextManager[None]:
     """Restricts the output head to some positions for the block, as logits without a target are costly and not needed.
 
-    Args:
-        head: The output head.
-        keep: Shape [rows, length], bool. Logits then have the shape [positions kept, vocabulary].
+    `keep` is a bool tensor of shape [rows, length]; logits then have the shape [positions kept, vocabulary].
     """
     return head_gets(head, lambda states: states[keep])
 
@@ -158,15 +148,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quick_attention(model: nn.Module, length: int) -> Iterator[None]:
-    """Computes attention without torch's fused kernel in the block, where that trains faster on rows of this length.
+    """Computes attention without torch's fused kernel in the block, where rows of `length` tokens train faster so.
 
     On a CPU in bfloat16 the backward pass of the fused attention is a quarter of a training step on short rows; a step
     of SmolLM2-135M on 8 rows of up to 200 tokens takes 20 % less without it. Long rows, single precision and GPUs keep
-    the implementation that the model was loaded with.
-
-    Args:
-        model: The model, with or without adapters.
-        length: Tokens of a row.
+    the implementation that the model was loaded with, with or without adapters.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     fused = getattr(getattr(inner, "config", None), "_attn_implementation", None) == "sdpa"

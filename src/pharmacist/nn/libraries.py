@@ -28,10 +28,7 @@ def failures_as(kind: type[PharmacistError], message: Callable[[Exception], str]
     """Turns any exception of a library in the block into a `PharmacistError`, except that it runs out of memory.
 
     Libraries raise anything on damaged files and unknown models, so the block should hold nothing but their calls.
-
-    Args:
-        kind: Class of the error.
-        message: The library's exception -> the error's message.
+    `message` turns the library's exception into the error's message.
     """
     try:
         yield

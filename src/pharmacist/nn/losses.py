@@ -3,8 +3,7 @@
 import torch
 from torch.nn import functional
 
-
-_IGNORED = -100  # label of positions without a target, as in `data.tokenize`
+from pharmacist.data.batches import IGNORED
 
 
 def precise(tensor: torch.Tensor) -> torch.Tensor:
@@ -15,18 +14,16 @@ def precise(tensor: torch.Tensor) -> torch.Tensor:
 def _next_token_losses(logits: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
     # Flat, and with an idle target at the end instead of a slice: a transposed or sliced view would copy the logits,
     # the largest tensor of all, and takes 3 to 7 times as long on a CPU.
-    following = functional.pad(targets[:, 1:], (0, 1), value=_IGNORED)
+    following = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
     return functional.cross_entropy(
-        precise(logits).flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=_IGNORED
+        precise(logits).flatten(0, 1), following.flatten(), reduction=reduction, ignore_index=IGNORED
     )
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token given the tokens before it, shape [rows, length - 1]; entry t is of token t + 1.
 
-    Args:
-        logits: Shape [rows, length, vocabulary].
-        input_ids: Shape [rows, length].
+    `logits` have the shape [rows, length, vocabulary], `input_ids` [rows, length].
     """
     return _next_token_losses(logits, input_ids, "none").view_as(input_ids)[:, :-1]
 
@@ -73,7 +70,7 @@ def batch_loss(
     else:
         losses = _next_token_losses(logits, labels, "none").view_as(labels)
         total = (losses.sum(1) * weights.to(losses)).sum()
-    return total / ((labels[:, 1:] != _IGNORED).sum().clamp(min=1) if n_targets is None else n_targets)
+    return total / ((labels[:, 1:] != IGNORED).sum().clamp(min=1) if n_targets is None else n_targets)
 
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,8 +80,8 @@ def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Bool of the labels' shape [rows, length], true at position t where token t + 1 is a target; and those tokens,
         in the same order.
     """
-    following = functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
-    keep = following != _IGNORED
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    keep = following != IGNORED
     return keep, following[keep]
 
 
@@ -107,13 +104,9 @@ def mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     The mean of K_xx + K_yy - K_xy - K_yx with diagonals (a V-statistic, so never negative), where the middle kernel's
     width is the mean squared distance over all pairs of distinct rows, held constant in the derivative. With one row
-    each it is 6.186 whatever they hold.
+    each it is 6.186 whatever they hold. Both samples have the shape [rows, features].
 
     Source: RepNoise (arXiv 2405.14577), noise loss.
-
-    Args:
-        x: Shape [rows, features].
-        y: Shape [rows, features].
     """
     n = len(x)
     rows = precise(torch.cat([x, y]))

@@ -13,11 +13,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 class PeakMemory:
-    """Peak memory since the object was made: on a GPU allocated by torch, elsewhere resident in the process.
-
-    Args:
-        device: Where the work is done.
-    """
+    """Peak memory since the object was made: on a GPU allocated by torch, elsewhere resident in the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -50,11 +50,7 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
     """Merges an adapter into the weights of its base model.
 
     An output head that shares its weight with the input embedding gets a weight of its own first where the adapter
-    acts on one of the two.
-
-    Args:
-        model: In evaluation mode; it is used up.
-        name: Of the adapter, for messages.
+    acts on one of the two. The model must be in evaluation mode and is used up; messages call the adapter `name`.
 
     Raises:
         CompatibilityError: The adapter cannot be merged, or the merged model gives other logits.
@@ -151,11 +147,8 @@ def stack(first: Mapping[str, Factors], last: Mapping[str, Factors]) -> dict[str
 def save_stacked(model: PeftModel, base: MergedBase, folder: Path, fingerprint: str) -> None:
     """Writes a plain LoRA adapter and those merged into its base as one PEFT adapter on the plain base model.
 
-    Args:
-        model: With the adapter that was trained last.
-        base: What it was trained on.
-        folder: Gets the files of PEFT, and `STACK_FILE`, by which `split` tells the last adapter from the others.
-        fingerprint: Of the model that the last adapter was trained on.
+    `model` has the adapter that was trained last, on `base`, a model of this `fingerprint`. The folder gets the files
+    of PEFT, and `STACK_FILE`, by which `split` tells the last adapter from the others.
     """
     config, last = model.active_peft_config, adapter_factors(model)
     stacked = stack(base.factors, last)
@@ -212,10 +205,8 @@ def read_stack(folder: Path) -> dict[str, Any] | None:
 def split(model: PeftModel, parts: Mapping[str, Any], name: str) -> tuple[PeftModel, dict[str, Factors]]:
     """Takes stacked adapters apart: the one that was trained last stays an adapter, the others are merged.
 
-    Args:
-        model: With the stack as its adapter; it is used up.
-        parts: From `read_stack`.
-        name: Of the adapter, for messages.
+    `model` has the stack as its adapter and is used up; `parts` are those of `read_stack`, and messages call the
+    adapter `name`.
 
     Returns:
         A PEFT model, trainable, and the factors that were merged.

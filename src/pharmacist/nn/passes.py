@@ -91,12 +91,9 @@ def run_pass(
 
 
 def copy_to_equals(values: npt.NDArray[Any], representative: IntArray, rows: IntArray) -> None:
-    """Copies measurements, in place, from the rows that were read to those equal to them.
+    """Copies measurements, in place, from the rows that were read to those of `rows` that equal them.
 
-    Args:
-        values: First axis is the rows; no second array of that size is made.
-        representative: As in `PassPlan`.
-        rows: Rows to copy to.
+    The first axis of `values` is all rows; no second array of that size is made. For `representative` see `PassPlan`.
     """
     copies = rows[representative[rows] != rows]
     for start in range(0, len(copies), _COPIED):

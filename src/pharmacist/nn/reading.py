@@ -55,9 +55,7 @@ def head_is_last(head: nn.Module, model: nn.Module) -> bool:
 def logits_from(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """Logits of what the output head gets, as the model computes them: where it caps or scales those of its head, too.
 
-    Args:
-        model: The model, which then reads a single token, whose head gets the states instead.
-        states: Shape [positions, width].
+    In that case the model reads a single token, and its head gets the states, of shape [positions, width], instead.
     """
     head = output_head(model)
     assert head is not None
@@ -77,11 +75,8 @@ def _of_one_token(model: nn.Module) -> torch.Tensor:
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:
     """Cross-entropy of each token given the tokens before it, by one forward pass of a causal language model.
 
-    Args:
-        model: The model.
-        batch: The rows.
-        prompt: Whether the losses of prompt tokens are needed; if not, they may be 0.
-        **options: Of the forward pass, such as ``output_hidden_states``.
+    Without `prompt` the losses of prompt tokens may be 0. `options` are those of the forward pass, such as
+    ``output_hidden_states``.
 
     Returns:
         Losses, shape [rows, length - 1], entry t of token t + 1, where padding may be 0; and the model's output, which

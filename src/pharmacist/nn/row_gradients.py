@@ -56,9 +56,8 @@ class Tape:
 def tape_rows(layers: Mapping[str, nn.Module], losses: Callable[[], torch.Tensor]) -> Tape:
     """Runs forward and backward once and records linear layers, without forming gradients of weights.
 
-    Args:
-        layers: Name of the weight, which requires a gradient, -> its layer.
-        losses: Runs the model and returns one loss per row, shape [rows].
+    `layers` maps the name of a weight that requires a gradient to its layer; `losses` runs the model and returns one
+    loss per row, shape [rows].
 
     Raises:
         CompatibilityError: The input of a layer has no axis of rows, or it runs more than once.

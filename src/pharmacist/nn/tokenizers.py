@@ -24,11 +24,8 @@ def adapter_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, bool]:
     """The tokenizer that an adapter was trained with: the one saved in its folder, else its base model's.
 
-    Args:
-        adapter: Folder of the adapter.
-        base: The base model's tokenizer; its chat template is used where the adapter has none.
-        model: With the adapter; its embedding must fit.
-        **options: Of ``AutoTokenizer.from_pretrained``.
+    The chat template of `base`, the base model's tokenizer, is used where the adapter has none. The embedding of
+    `model`, which has the adapter, must fit. `options` are those of ``AutoTokenizer.from_pretrained``.
 
     Returns:
         The tokenizer, and whether the adapter has a chat template of its own.
@@ -55,10 +52,8 @@ def adapter_tokenizer(
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Makes sure of an end-of-sequence token, a padding token, and an embedding for every token that a text can hold.
 
-    Args:
-        name: Of the model, for messages.
-        tokenizer: Pads with the end-of-sequence token from here on where it has no padding token that can be used.
-        model: Which the embedding is of.
+    A tokenizer without a padding token that can be used pads with the end-of-sequence token from here on. Messages
+    call the model `name`.
 
     Raises:
         CompatibilityError: The tokenizer cannot end a text, or does not belong to the model.

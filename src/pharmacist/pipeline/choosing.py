@@ -43,14 +43,9 @@ def ranked_table(
 ) -> pd.DataFrame:
     """The content of ``scores.parquet``, a row per row of the pool.
 
-    Args:
-        pool: The ranked rows.
-        scores: The selector's verdict on them.
-        clusters: Number of each row's cluster of near-duplicates, shape [rows].
-        options: Decide which rows are selected.
-        groups: Each row's value of the column to balance by.
-        points: For a diversity that needs distances between rows.
-        labels: Position -> reason that a person gave the row.
+    `clusters` are the numbers of the rows' clusters of near-duplicates, shape [rows], and `groups` their values of the
+    column to balance by. `points` are for a diversity that needs distances between rows. `labels` maps the position of
+    a row to the reason that a person gave it.
     """
     rows = pool.row_numbers
     order = np.lexsort((rows, -scores.score))

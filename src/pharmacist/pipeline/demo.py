@@ -30,7 +30,7 @@ from pharmacist.pipeline.bench.results import Result, collect
 from pharmacist.pipeline.pages import demo_page, planted_pool
 from pharmacist.pipeline.stages.demo import DEMO, DemoOptions
 from pharmacist.report.cautions import cautions
-from pharmacist.report.numbers import Figure
+from pharmacist.report.numbers import rate_text
 
 
 ARMS = ("full", "random", "core")
@@ -48,9 +48,7 @@ class DemoResult:
 def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
     """Runs the demo and writes ``demo.json`` and ``report.html``.
 
-    Args:
-        options: Of the command.
-        grid: A benchmark with the selectors full, random and core, one pool and one model.
+    `grid` is a benchmark with the selectors full, random and core, one pool and one model.
 
     Raises:
         PharmacistError: Bad options, or an output folder that holds something else.
@@ -167,7 +165,7 @@ def _show(result: DemoResult) -> None:
         rows.append(
             [
                 arm,
-                _text(summary["auc"][arm]),
+                rate_text(summary["auc"][arm]),
                 f"{summary['final_harmful_score'][arm]['mean']:.1f}",
                 f"{fmean(summary['fine_tune_accuracy'][arm]):.1f}",
                 f"{fmean(summary['over_refusal_aligned'][arm]):.1f} / {fmean(summary['over_refusal'][arm]):.1f}",
@@ -184,7 +182,7 @@ def _show(result: DemoResult) -> None:
     )
     for name, difference in summary["differences"].items():
         why = "" if difference["ci95"] else f" (no interval: {difference['no_ci95']})"
-        out.print(f"harmful score, {name}: {_text(difference)}{why} points")
+        out.print(f"harmful score, {name}: {rate_text(difference)}{why} points")
     for caution in cautions(summary["curves"]):
         warn(caution)
     quality = summary["ranking"]
@@ -198,7 +196,3 @@ def _show(result: DemoResult) -> None:
         "next, your own pool: pharmacist curate --pool POOL --safe SAFE --harmful HARMFUL --model MODEL "
         "--output-dir DIR"
     )
-
-
-def _text(interval: Mapping[str, Any]) -> str:
-    return Figure(interval["mean"], *(interval["ci95"] or ())).text()

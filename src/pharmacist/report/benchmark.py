@@ -83,19 +83,17 @@ class Benchmark:
     """All lines of a benchmark.
 
     Args:
-        results: Content of ``results.parquet``.
+        results: Content of ``results.parquet``, with all axes.
         order: Names on each axis in the order of the grid; names that it lacks follow, the full pool first.
         baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
-        DataError: A column is missing, there is no row, or two rows are of one cell and seed.
+        DataError: There is no row, or two rows are of one cell and seed.
     """
 
     def __init__(
         self, results: pd.DataFrame, order: Mapping[str, Sequence[Any]] | None = None, baseline: str = BASELINE
     ) -> None:
-        if missing := [name for name in (*AXES, "seed") if name not in results]:
-            raise DataError(f"results.parquet: no column '{missing[0]}'; it was written by another program or version")
         if not len(results):
             raise DataError("results.parquet: no cell is finished yet; run the benchmark again to go on with it")
         if (twice := results.duplicated([*AXES, "seed"])).any():
@@ -266,9 +264,7 @@ def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> V
 def corrected(values: Sequence[Value | None], better: int) -> list[Value | None]:
     """Adds corrected p and verdicts to the values of a metric, by Holm's correction (Holm 1979) over those with a p.
 
-    Args:
-        values: Of the family; None where nothing was measured.
-        better: 1 where higher is better, -1 where lower is.
+    A value is None where nothing was measured; `better` is 1 where higher is better, -1 where lower is.
     """
     tested = [value.p for value in values if value is not None and value.p is not None]
     after = iter(multipletests(tested, alpha=LEVEL, method="holm")[1].tolist() if tested else ())
@@ -343,7 +339,7 @@ def _short(metric: Metric, verdict: Mapping[str, Any] | None, most: Mapping[str,
         return "-"
     star = "*" if verdict["better"] or verdict["worse"] else ""
     few = f" ({verdict['n']} of {most[metric.key]})" if verdict["n"] < most[metric.key] else ""
-    return f"{verdict['mean']:+.{metric.digits}f}{star}{few}"
+    return f"{verdict['mean']:+z.{metric.digits}f}{star}{few}"
 
 
 # --- tables for papers ----------------------------------------------------------------------------------------------

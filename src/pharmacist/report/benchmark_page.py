@@ -28,15 +28,9 @@ _CROWD = 15  # points from which on their intervals would hide them
 def render_benchmark(
     folder: Path, results: pd.DataFrame, *, manifest: Mapping[str, Any], baseline: str | None = None
 ) -> Benchmark:
-    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, from results and manifest.
+    """Writes ``report.html``, ``tables.md`` and ``tables.tex`` of a benchmark, and returns the numbers of the page.
 
-    Selectors are compared with the baseline, by default the full pool.
-
-    Returns:
-        The numbers of the page.
-
-    Raises:
-        DataError: The results cannot be used.
+    Selectors are compared with the baseline, by default the full pool. A DataError where the results cannot be used.
     """
     benchmark = Benchmark(results, manifest["extra"].get("axes"), baseline or BASELINE)
     settings, defenses = benchmark.settings, benchmark.order["defense"]

@@ -16,8 +16,7 @@ _NAMED = 3
 def cautions(curves: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
     """Sentences about models that were aligned, and attacked alike.
 
-    Args:
-        curves: Name of a model -> per seed its harmful scores in percent, from before the attack to its end.
+    `curves` maps the name of a model to its harmful scores per seed, in percent, from before the attack to its end.
     """
     found = []
     ends = {

@@ -205,18 +205,11 @@ def curves(
     even: bool = True,
     **layout: Any,
 ) -> Spec:
-    """Harmful score in percent, or loss margin in nats, over `x`.
+    """Harmful score in percent, or loss margin in nats, over `x`, the title of the axis.
 
-    Args:
-        found: The lines.
-        x: Title of the axis.
-        spread: How intervals are drawn.
-        margins: Range of the axis where values are loss margins.
-        height: Of the chart in pixels.
-        legend: Whether it has a legend.
-        even: Space the points evenly: attack steps about double from one to the next, so that the beginning of an
-            attack stays legible.
-        **layout: Options of plotly.
+    Intervals are drawn as `spread` says. `margins` is the range of the axis where values are loss margins. `even`
+    spaces the points evenly: attack steps about double from one to the next, so that the beginning of an attack stays
+    legible. `layout` holds options of plotly.
     """
     bands, lines = [], []
     for curve in found:
@@ -271,14 +264,10 @@ def trade_off(
     thickness: float,
     **layout: Any,
 ) -> Spec:
-    """Harmful score over fine-tune accuracy, with intervals.
+    """Harmful score over fine-tune accuracy, with intervals that are `thickness` pixels thick.
 
-    Args:
-        points: The models.
-        groups: Names of the groups of points; the last is in front.
-        legend: Name -> marker and colour.
-        thickness: Of the intervals in pixels.
-        **layout: Options of plotly.
+    The last of the groups of points is in front. `legend` maps a name to marker and colour; `layout` holds options of
+    plotly.
     """
     traces = []
     for group in groups:

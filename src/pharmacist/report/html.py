@@ -49,17 +49,12 @@ def render_ranking(
     categories: Sequence[Sequence[str]] | None = None,
     labelling: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the page of a ranking.
+    """Writes the page of a ranking, from the ``scores.parquet`` and ``manifest.json`` of its run.
 
-    Args:
-        path: The HTML file.
-        scores: ``scores.parquet``.
-        texts: ``prompt`` and ``completion`` of the same rows, in the same order.
-        manifest: ``manifest.json`` of the run.
-        labels: Known label per row (planted pools).
-        categories: Categories of each row, none or several, where the pool tells them.
-        labelling: Rows that a person may label on the page: ``pool`` (its fingerprint), ``rows`` (dicts with ``row``,
-            ``prompt`` and ``completion``), ``labels`` (label -> reason that it gives) and ``known`` (row -> label).
+    `texts` holds ``prompt`` and ``completion`` of the same rows, in the same order; `labels` the known label of each
+    row (planted pools) and `categories` its categories, none or several, where the pool tells them. `labelling` is
+    about rows that a person may label on the page: ``pool`` (its fingerprint), ``rows`` (dicts with ``row``,
+    ``prompt`` and ``completion``), ``labels`` (label -> reason that it gives) and ``known`` (row -> label).
     """
     ranking, data = _ranking(scores, texts, manifest, labels, categories)
     scripts = ["ranking.js"]
@@ -80,10 +75,7 @@ def render_demo(
 ) -> None:
     """Writes ``report.html`` into the folder of a demo, from its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
 
-    Args:
-        folder: Of the demo.
-        labels: Planted label of each row of the pool.
-        categories: Categories of each row.
+    `labels` are the planted labels of the pool's rows, `categories` the categories of each.
     """
     import datasets  # so that the command `label`, which shares this module, starts without it
 
@@ -183,12 +175,8 @@ def _spelled_out(value: Any) -> Any:
 def write_page(path: Path, template: str, scripts: Sequence[str], data: Mapping[str, Any], **context: Any) -> None:
     """Writes a page.
 
-    Args:
-        path: The HTML file.
-        template: Name of the template.
-        scripts: Names of the scripts that follow ``page.js``.
-        data: What scripts read, by name; ``figures`` are the charts.
-        **context: Variables of the template.
+    `scripts` are the names of the scripts that follow ``page.js``; they read `data`, in which ``figures`` are the
+    charts. `context` are the variables of the template.
     """
     templates = files("pharmacist.report") / "templates"
     tables_library = files("itables") / "html"  # brings DataTables for pages that work offline
@@ -240,15 +228,15 @@ def _minus(number: str) -> str:
 
 
 def _signed(number: float, digits: int = 1) -> str:
-    return _minus(f"{round(number, digits) + 0.0:+.{digits}f}")  # no minus zero
+    return _minus(f"{number:+z.{digits}f}")  # no minus zero
 
 
 def _with_interval(found: Figure | Mapping[str, Any] | None, unit: str) -> Markup:
     found = found if isinstance(found, Figure) else Figure.of(found)
     if found is None:
         return Markup("–")
-    mean = Markup('<span class="value">{:.1f}{}{}</span>').format(found.mean, _NARROW, unit)
+    mean = Markup('<span class="value">{:z.1f}{}{}</span>').format(found.mean, _NARROW, unit)
     if found.low is None or found.high is None:
         return mean
-    ends = [_minus(f"{end:.1f}") for end in (found.low, found.high)]
+    ends = [_minus(f"{end:z.1f}") for end in (found.low, found.high)]
     return mean + Markup(' <span class="interval">{} to {}</span>').format(*ends)

@@ -82,8 +82,14 @@ class Figure:
         return None if value is None else cls(value, *(found["ci95"] or ()))
 
     def text(self, unit: str = "", *, digits: int = 1, sign: str = "", ends: str = "[{}, {}]") -> str:
-        """The number with its unit and interval; with the `sign` "+" positive numbers have a plus."""
-        mean = f"{self.mean:{sign}.{digits}f}{unit}"
+        """The number with its unit and interval; with the `sign` "+" positive numbers have a plus; no minus zero."""
+        mean = f"{self.mean:{sign}z.{digits}f}{unit}"
         if self.low is None or self.high is None:
             return mean
-        return f"{mean} {ends.format(f'{self.low:.{digits}f}', f'{self.high:.{digits}f}')}"
+        return f"{mean} {ends.format(f'{self.low:z.{digits}f}', f'{self.high:z.{digits}f}')}"
+
+
+def rate_text(found: Mapping[str, Any] | None) -> str:
+    """The text of `Figure.of` a JSON object; a hyphen where it has no value."""
+    figure = Figure.of(found)
+    return "-" if figure is None else figure.text()

@@ -7,7 +7,7 @@ from typing import Any
 from pharmacist.core.files import read_json
 from pharmacist.report import charts
 from pharmacist.report.html import write_page
-from pharmacist.report.numbers import METRICS, Figure
+from pharmacist.report.numbers import METRICS, Figure, rate_text
 
 
 GROUPS = {
@@ -36,22 +36,17 @@ def ordered(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(attacks, key=order)
 
 
-def _rate(metric: Mapping[str, Any] | None) -> str:
-    figure = Figure.of(metric)
-    return "-" if figure is None else figure.text()
-
-
 def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     """The findings of a sweep, a sentence each."""
     judge, attacks = summary["before"]["harmful_score"].get("judge", ""), summary["attacks"]
     worst = next((attack for attack in attacks if attack["name"] == summary["worst"]), None)
-    yield f"before any attack: harmful score {_rate(summary['before']['harmful_score'])} %, judge {judge}"
+    yield f"before any attack: harmful score {rate_text(summary['before']['harmful_score'])} %, judge {judge}"
     if worst is None:
         yield "no worst case: no attack gave both a harmful score and a fine-tune accuracy"
         return
     yield (
-        f"worst case: {worst['name']}, harmful score {_rate(worst['harmful_score'])} %, fine-tune accuracy "
-        f"{_rate(worst['fine_tune_accuracy'])} %; the best accuracy of {len(attacks)} attacks is "
+        f"worst case: {worst['name']}, harmful score {rate_text(worst['harmful_score'])} %, fine-tune accuracy "
+        f"{rate_text(worst['fine_tune_accuracy'])} %; the best accuracy of {len(attacks)} attacks is "
         f"{summary['best_accuracy']:.1f} %, so those at or above "
         f"{summary['best_accuracy'] - summary['margin']:.1f} % count"
     )
@@ -88,7 +83,7 @@ def attack_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     lines = [
         [
             *("-" if setting.get(name) is None else f"{setting[name]}" for name in varied),
-            *(_rate(attack.get(name)) for name in rates),
+            *(rate_text(attack.get(name)) for name in rates),
             "diverged" if "failed" in attack else GROUPS[attack["group"]][1],
         ]
         for setting, attack in zip(settings, attacks, strict=True)

@@ -25,10 +25,8 @@ _COMPLETE = "strategy.json"
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
     """Saves a strategy's state with every checkpoint of the Trainer, and marks it complete when it is on the disk.
 
-    Args:
-        strategy: The method.
-        seconds: Between checkpoints, where the last step is logged too; None leaves both to the Trainer's arguments.
-        streams: Auxiliary streams of the strategy, of which those with a ``position`` have it saved.
+    There are `seconds` between checkpoints, and the last step is logged; None leaves both to the Trainer's arguments.
+    Of the strategy's auxiliary `streams` those with a ``position`` have it saved.
     """
 
     def __init__(

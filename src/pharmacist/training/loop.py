@@ -147,14 +147,9 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]
 class Training:
     """The training of a stage; interrupted, it continues from its last checkpoint, bit for bit on a CPU.
 
-    Attributes:
-        loaded: The model, from `prepare_model`.
-        encoded: The rows.
-        strategy: The method.
-        options: The stage's.
-        run: Its folder; checkpoints go to ``work/train``.
-        streams: Further batches for the strategy (`data.streams`).
-        weights: Factor of each row's main loss, by the row's number; None where all weigh alike.
+    The model is one from `prepare_model`. Checkpoints go to ``work/train`` in the folder of the run. `streams` are
+    further batches for the strategy (`data.streams`), and `weights` factors of the rows' main losses by the number of
+    the row; None where all weigh alike.
     """
 
     loaded: LoadedModel
@@ -166,10 +161,7 @@ class Training:
     weights: Mapping[int, float] | None = None
 
     def fit(self, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
-        """Trains the model in place.
-
-        Args:
-            callbacks: Further ones for the Trainer.
+        """Trains the model in place, with further `callbacks` of the Trainer.
 
         Raises:
             DataError: Loss or gradient is not finite.
@@ -214,16 +206,10 @@ class Training:
     def fit_and_save(
         self, card: Card, counts: Mapping[str, int], *, snapshots: Sequence[int] = (), outputs: Sequence[str] = ()
     ) -> int:
-        """Trains, and writes weights, log, card and manifest.
+        """Trains, writes weights, log, card and manifest, and returns the number of optimizer steps.
 
-        Args:
-            card: Settings and figures of the training are added to it.
-            counts: Of rows, for the manifest.
-            snapshots: Numbers of steps after which the model is saved too.
-            outputs: Files and folders that the stage has written already.
-
-        Returns:
-            Optimizer steps.
+        Settings and figures of the training are added to the card. `counts` of rows are for the manifest. After the
+        numbers of steps in `snapshots` the model is saved too. `outputs` are what the stage has written already.
         """
         options, run, trained_on = self.options, self.run, self.run.manifest.inputs["model"]
         settings = {"train": options.effective_train, "lora": asdict(options.lora)}

@@ -175,11 +175,9 @@ _LEAST = {
 def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``train`` that equal some `TrainingArguments`: the values that differ from transformers' defaults.
 
-    Those that a stage cannot give are among them, for `check_train_options` to refuse.
-
-    Args:
-        arguments: As the user made them; output folder, checkpoints, seeds, device and number format are left out.
-        defaults: Of the stage; for these fields the arguments' values are taken in any case.
+    Those that a stage cannot give are among them, for `check_train_options` to refuse; output folder, checkpoints,
+    seeds, device and number format are left out. For the fields of `defaults`, those of the stage, the arguments'
+    values are taken in any case.
 
     Raises:
         ConfigError: A subclass, such as TRL's SFTConfig, was given a field that only its own trainer follows.
@@ -237,12 +235,7 @@ def training_arguments(
 ) -> "TrainingArguments":
     """Makes the `TrainingArguments` of a stage.
 
-    Args:
-        options: The stage's.
-        folder: For checkpoints.
-        device: Where the model is.
-        bf16: Whether passes are in bfloat16 instead of float32.
-        seed: Of dropout and data order.
+    Checkpoints go to `folder`; `bf16` passes are in bfloat16 instead of float32; `seed` is that of dropout and order.
     """
     from transformers import TrainingArguments
 

@@ -61,13 +61,8 @@ class ModelResult:
 class Card:
     """Text of a model card, the README.md of a model, besides the hub's metadata.
 
-    Attributes:
-        title: Headline, after the name of the model that it was made from.
-        what: One paragraph.
-        tags: Besides ``pharmacist``.
-        facts: Rows of the table.
-        intended_use: One paragraph.
-        settings: Shown as YAML.
+    The title follows the name of the model that it was made from; `what` and `intended_use` are one paragraph each,
+    `tags` those besides ``pharmacist``, `facts` the rows of the table, and `settings` are shown as YAML.
     """
 
     title: str
@@ -120,16 +115,9 @@ def save_model(
     holds the whole change (full tuning, a base of whole weights that an earlier run trained), it is the whole model.
     Links in `root` make it what transformers and PEFT load from there.
 
-    Args:
-        loaded: The trained or repaired model.
-        root: Folder in which the others are made.
-        card: Its README.md.
-        trained_on: Fingerprint of the model that it was trained on.
-        merge: Also write ``model/`` with the adapter merged into the weights.
-        last: `loaded` becomes the whole model where that is written; else a copy is merged.
-
-    Returns:
-        Names of the folders.
+    `trained_on` is the fingerprint of the model that it was trained on. `merge` also writes ``model/``, with the
+    adapter merged into the weights. Where the whole model is written, `loaded` becomes it if this is the `last` time;
+    else a copy is merged. Returns the names of the folders.
     """
     if rank() != 0:
         return []

@@ -37,9 +37,8 @@ __all__ = ["MAX_ROW_BYTES", "Row", "Source", "kind_of", "open_source", "spelled"
 def open_source(spec: Any, *, name: str = "pool") -> Source:
     """Opens a source of rows for streaming; a DataError where `spec` names nothing that can be read.
 
-    Args:
-        spec: A path, a Hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings.
-        name: What the rows are for, in messages.
+    `spec` is a path, a Hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings; `name` says
+    in messages what the rows are for.
     """
     if isinstance(spec, Source):
         return spec

@@ -165,11 +165,7 @@ class Source(Given, ABC):
         return datasets.Dataset(pa.table(arrays, schema=pa.schema(fields)))
 
     def check_json_lines(self) -> None:
-        """Finds values that JSON lines cannot hold, before hours are spent on which rows to write.
-
-        Raises:
-            DataError: A column holds such values.
-        """
+        """Refuses values that JSON lines cannot hold by a DataError, before hours are spent on which rows to write."""
         doubtful: list[list[str] | None] = [None]
         if self.schema is not None:
             doubtful = [[field.name] for field in self.schema if not fits_json(field.type)]

@@ -5,7 +5,7 @@ pharmacist.start(async (DataTable) => {
   const { columns, rows } = await data("results");
   document.getElementById("setting")?.addEventListener("change", (event) => choose(Number(event.target.value)));
 
-  const plain = (value, digits, sign) => `${sign && value > 0 ? "+" : ""}${value.toFixed(digits)}`.replace("-", "\u2212");
+  const plain = (value, digits, sign) => `${sign && value > 0 ? "+" : ""}${value.toFixed(digits)}`.replace(/^-(?=[0.]+$)/, "").replace("-", "\u2212");
   const interval = (low, high, digits) => (low === null ? [] : [element("span", { class: "interval" }, `${plain(low, digits)} to ${plain(high, digits)}`)]);
   const draw = {
     name: (value) => element("span", {}, ...readable(value)),
