@@ -220,7 +220,7 @@ def test_weights_in_memory_are_those_of_a_file(model: PreTrainedModel, tmp_path:
     plain = ph.rank(SETS["pool"], selector="length")
     for wrong, message in [
         (plain, "weights: the ranking has none; selectors with weights are toxic-lora"),
-        (twice, r"weights: row \d+ of data is not in the ranking"),
+        (twice, r"weights: row \d+ of the data is not in the ranking"),
         ([1.0, 2.0], "weights <2 rows in memory>: has 2 rows, but data has 20"),
         (["much"], "weights: must be a path, a Ranking or a number for each row"),
         ({0: 1.0}, "weights: must be a path, a Ranking or a number for each row"),

@@ -190,7 +190,7 @@ class Ranking:
         found = []
         for number, row in open_source(rows, name="data").rows():
             if not (own := known.get(_content(row))):
-                raise DataError(f"weights: row {number} of data is not in the ranking; give a weight for each row")
+                raise DataError(f"weights: row {number} of the data is not in the ranking; give a weight for each row")
             found.append(own.pop(0) if len(own) > 1 else own[0])  # equal rows in turn
         return found
 

@@ -68,7 +68,7 @@ def read_entries(
     found: dict[int, str] = {}
     for number, entry in enumerate(entries):
         row, label = (entry.get("row"), entry.get("label")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(row, Integral) or isinstance(row, bool) or row not in usable:
+        if isinstance(row, bool) or not isinstance(row, Integral) or row not in usable:
             raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
         if not isinstance(label, str) or label not in LABELS:
             raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(LABELS)}")
