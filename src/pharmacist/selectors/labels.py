@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,11 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import warn
-from pharmacist.data.formats import Source
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
 
+
+if TYPE_CHECKING:
+    from pharmacist.data.formats import Source
 
 LABELS = {
     "good": CRITICAL,
@@ -26,7 +28,7 @@ LABELS = {
 """Label that a person may give a row -> reason that the row is ranked by."""
 
 
-def read_labels(path: str | Path | Source, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
+def read_labels(path: "str | Path | Source", pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
     """Labels to learn from (`read_entries`): position in `rows` -> reason; a DataError too where all say the same."""
     where = f"--labels {path}"
     labels = read_entries(path, pool, rows, where=where)
@@ -39,9 +41,9 @@ def read_labels(path: str | Path | Source, pool: str, rows: Sequence[int] | IntA
     return {position_of[row]: LABELS[label] for row, label in labels.items()}
 
 
-def labels_fingerprint(path: str | Path | Source) -> str:
+def labels_fingerprint(path: "str | Path | Source") -> str:
     """The content of a file of labels, or of labels in memory; a DataError where it cannot be read."""
-    if isinstance(path, Source):
+    if not isinstance(path, str | Path):
         return path.fingerprint()
     try:
         return sha256_file(path)
@@ -54,7 +56,7 @@ def _unreadable(where: str, error: OSError) -> DataError:
 
 
 def read_entries(
-    path: str | Path | Source, pool: str, rows: Sequence[int] | IntArray, *, where: str
+    path: "str | Path | Source", pool: str, rows: Sequence[int] | IntArray, *, where: str
 ) -> dict[int, str]:
     """Row number -> label, from ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}`` in a file.
 
@@ -63,7 +65,7 @@ def read_entries(
     of its usable rows. A DataError where it is no such file, belongs to another pool, or has an entry that cannot be,
     which is named.
     """
-    entries = [entry for _, entry in path.rows()] if isinstance(path, Source) else _entries(path, pool, where)
+    entries = _entries(path, pool, where) if isinstance(path, str | Path) else [entry for _, entry in path.rows()]
     usable = set(np.asarray(rows).tolist())
     found: dict[int, str] = {}
     for number, entry in enumerate(entries):
