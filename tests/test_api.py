@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from trl import SFTConfig
 
 import pharmacist as ph
-from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, PharmacistError
 from pharmacist.core.manifest import read_manifest
+from pharmacist.data.formats import open_source
 from pharmacist.pipeline.evaluate import EvaluateResult
+from pharmacist.selectors.base import Scores, SelectionContext
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
 from pharmacist.worlds import BASE_MODEL, World
@@ -158,12 +160,76 @@ def test_a_ranking_of_objects(model: PreTrainedModel, files: dict[str, str]) -> 
     given = {"selector": ph.EmbeddingSelector(nearest=2), "device": "cpu"}
     own = ph.rank(datasets.Dataset.from_list(SETS["pool"]), safe=[SETS["safe"]], model=model, **given)
     by_files = ph.rank(files["pool"], safe=files["safe"], model=str(BASE_MODEL), **given)
-    assert own.table.equals(by_files.table) and len(own.select(fraction=0.5)) == 20
-    with pytest.raises(DataError, match="--labels nowhere.json: cannot be read"):
+    assert own.table.equals(by_files.table) and len(own.select(fraction=0.5)) == 20 and own.folder is None
+    with pytest.raises(DataError, match="^labels nowhere.json: cannot be read"):
         ph.rank(SETS["pool"], selector="length", labels=Path("nowhere.json"))
     other = ph.rank(SETS["pool"], safe=SETS["safe"], model=model, selector={"name": "embedding", "nearest": 0})
     assert not other.table.equals(own.table)
     del own, by_files, other  # their rows lie in temporary folders
+
+
+def test_labels_in_memory_are_those_of_a_file(tmp_path: Path) -> None:
+    pool, rows = datasets.Dataset.from_list(SETS["pool"]), np.array([3, 8])
+    labels = dict(zip(rows, ["good", "harmful"], strict=True))
+    entries = [{"row": int(row), "label": label, "prompt": "not read"} for row, label in labels.items()]
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps({"pool": open_source(pool).fingerprint(), "labels": entries}))
+    expected = ph.rank(pool, selector="random", labels=file).table
+    assert expected["label"].tolist().count("") == len(pool) - 2 and not expected["selected"][8]
+    for given in (labels, entries, datasets.Dataset.from_list(entries)):
+        assert ph.rank(pool, selector="random", labels=given).table.equals(expected)
+    kept = {"selector": "random", "output_dir": str(tmp_path / "kept")}
+    assert "label" not in ph.rank(pool, **kept).table
+    assert ph.rank(pool, labels=labels, **kept).table.equals(expected)
+    for message, given in {
+        "pool has no usable row 40": {40: "good"},
+        "row 3: label 'bad' is none of good, ": {3: "bad"},
+        "holds no labels": {},
+        "row 0 is not a mapping": ["good"],
+        "cannot read rows from int": 5,
+    }.items():
+        with pytest.raises(DataError, match=f"^labels.*: .*{message}"):
+            ph.rank(pool, selector="random", labels=given)
+
+
+class Weighing(ph.LengthSelector):
+    """Gives every row a weight."""
+
+    def rank(self, context: SelectionContext) -> Scores:
+        scores = super().rank(context)
+        scores.weight = np.arange(1.0, 1 + len(scores.score))
+        return scores
+
+
+def test_weights_in_memory_are_those_of_a_file(model: PreTrainedModel, tmp_path: Path) -> None:
+    ranking = ph.rank(SETS["pool"], selector=Weighing(), top=0.5)
+    ranking.to_parquet(tmp_path / "scores.parquet")
+    core, folder = ranking.select(0.5), tmp_path / "aligned"
+    aligned(model, core, weights=tmp_path / "scores.parquet", output_dir=str(folder))
+    numbers = ranking.table["weight"][ranking.table["selected"]]
+    assert numbers.tolist() == ranking.weights(core) and len(set(numbers)) == 20
+    for weights in (ranking, numbers, numbers.tolist(), torch.tensor(numbers.to_numpy())):
+        assert same(aligned(model, core, weights=weights), folder)
+    assert not same(aligned(model, core), folder), "the comparison can tell"
+    # Rows are recognised, whatever was selected.
+    few = ranking.select(k=3)
+    assert ranking.weights(few) == [numbers[row] for row in ranking.table.nsmallest(3, "rank")["row"].sort_values()]
+    twice = ph.rank(SETS["pool"][:2] * 2, selector=Weighing())
+    assert twice.weights(SETS["pool"][:2] * 2) == twice.table["weight"].tolist()
+    assert twice.weights(SETS["pool"][:1] * 3)[1:] == [twice.table["weight"][2]] * 2
+    plain = ph.rank(SETS["pool"], selector="length")
+    for wrong, message in [
+        (plain, "weights: the ranking has none; selectors with weights are toxic-lora"),
+        (twice, r"weights: row \d+ of the data is not in the ranking"),
+        ([1.0, 2.0], "weights <2 rows in memory>: has 2 rows, but data has 20"),
+        (["much"], "weights: must be a path, a Ranking or a number for each row"),
+        ({0: 1.0}, "weights: must be a path, a Ranking or a number for each row"),
+        (5, "weights: must be a path, a Ranking or a number for each row"),
+        ([-1.0] * 20, "the weight of row 0 is '-1.0', not a number of at least 0"),
+        ([0.0] * 20, "all weights are 0"),
+    ]:
+        with pytest.raises(PharmacistError, match=message):
+            aligned(model, core, weights=wrong)
 
 
 def test_a_ranking_with_a_folder_is_kept_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +262,7 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
     first = aligned(model, defense=Counted(), output_dir=str(folder))
     assert calls == [0, 1] and same(first, folder) and (folder / "manifest.json").is_file()
     config = json.loads((folder / "manifest.json").read_text())["config"]
+    assert re.search(r"\| data \| .*40 rows in memory.* \(", (folder / "adapter" / "README.md").read_text())
     assert config["defense"] == {"name": "counted"} and config["model"] == str(BASE_MODEL) and config["data"]
     again = aligned(model, defense=Counted(), output_dir=str(folder))
     assert calls == [0, 1] and same(again, folder)
@@ -220,6 +287,7 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
         ph.attack(first, disjoint_from=others, args=ARGS, peft_config=LORA, **kept)
     assert len([name for name in read_manifest(tmp_path / "c").inputs if name.startswith("disjoint")]) == 3
     scores = ph.evaluate(attacked, prompts=SETS["prompts"], max_new_tokens=4, output_dir=str(tmp_path / "scores"))
+    assert scores.folder == tmp_path / "scores"
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == scores.metrics
 
 
@@ -240,6 +308,27 @@ def test_full_tuning_continued_adapters_and_repairs(model: PreTrainedModel) -> N
     assert any(not torch.equal(a, b) for a, b in zip(faded.parameters(), model.parameters(), strict=True))
 
 
+def test_tensors_that_a_model_shares_by_hand_are_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    own = AutoModelForCausalLM.from_config(config)
+    own.name_or_path = ""  # no base model of an adapter, so that whole weights are written
+    own.lm_head.weight = own.model.embed_tokens.weight  # of which the configuration does not know
+    own.model.layers[1].mlp.up_proj.weight = own.model.layers[0].mlp.up_proj.weight
+    given = {"tokenizer": AutoTokenizer.from_pretrained(BASE_MODEL), "args": ARGS}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for name, tuning in {"full": {"tuning": "full"}, "adapter": {"peft_config": LORA}}.items():
+        trained = ph.align(own, SETS["pool"], **given, **tuning, output_dir=str(tmp_path / name))
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.allclose(found(ids).logits, trained(ids).logits, atol=1e-5)
+        assert not torch.allclose(found(ids).logits, own(ids).logits, atol=1e-3)
+        ph.evaluate(str(tmp_path / name), prompts=SETS["prompts"], max_new_tokens=1)
+        if name == "full":
+            assert trained.lm_head.weight is trained.model.embed_tokens.weight
+            trained.save_pretrained(tmp_path / "again")  # as in a checkpoint
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, found(ids).logits)
+
+
 def test_scores_show_themselves(model: PreTrainedModel) -> None:
     scores = ph.evaluate(model, prompts=SETS["prompts"], task=SETS["test"], judge=ph.KeywordJudge(), max_new_tokens=4)
     table = scores.to_pandas().set_index("metric")
@@ -254,6 +343,7 @@ def test_scores_show_themselves(model: PreTrainedModel) -> None:
     assert lines[0].split()[:2] == ["metric", "value"] and len(lines) == len(table) + 1
     answers = [item["answer"] for item in scores.items()]
     assert all(answers) and not any(answer in repr(scores) for answer in answers)  # they may be harmful
+    assert scores.folder is None
 
 
 def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,8 +461,8 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "comma": (lambda model: ph.rank(SETS["pool"], columns={"prompt": "a, b"}), "'a, b' holds a comma or an equals"),
     "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),
     "no model": (lambda model: ph.align(None, SETS["pool"]), "model: must be a path, a Hub id or a loaded causal"),
-    "no pool": (lambda model: ph.rank(None), "--pool None: must be text"),
-    "long": (lambda model: ph.rank(SETS["pool"], model=model, embedder=model), "--embedder Llama.*: must be"),
+    "no pool": (lambda model: ph.rank(None), "^pool None: must be text"),
+    "long": (lambda model: ph.rank(SETS["pool"], model=model, embedder=model), "^embedder Llama.*: must be"),
     "tokenizer beside a name": (
         lambda model: ph.align(str(BASE_MODEL), SETS["pool"], AutoTokenizer.from_pretrained(BASE_MODEL)),
         "tokenizer: is that of a loaded model; one that is given by name comes with its own",
@@ -391,6 +481,15 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "peft": (
         lambda model: ph.align(model, SETS["pool"], peft_config=IA3Config()),
         "peft_config: must be a LoraConfig",
+    ),
+    "an option that another needs": (
+        lambda model: ph.align(model, SETS["pool"], defense="booster"),
+        "^defense booster needs harmful rows: give harmful FILE, or a data file with",
+    ),
+    "out of range": (lambda model: ph.rank(SETS["pool"], top_k=0), "^top_k 0: must be at least 1"),
+    "options of a command": (
+        lambda model: ph.align(ph.AlignOptions(data="a--b/--c.jsonl", model="m", output_dir="o")),
+        "^data a--b/--c.jsonl: no such file",
     ),
     "side": (
         lambda model: ph.tokenize([], AutoTokenizer.from_pretrained(BASE_MODEL), side="left"),
@@ -414,7 +513,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_arguments_are_one_clear_line(model: PreTrainedModel, wrong: str) -> None:
     call, message = WRONG[wrong]
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(PharmacistError, match=message) as caught:
         call(model)
     assert "\n" not in str(caught.value)
 

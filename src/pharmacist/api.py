@@ -9,18 +9,20 @@ import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import wraps
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
+import numpy as np
 from docstring_parser import parse_from_object
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from pharmacist.attacks import Attack
 from pharmacist.core.config import docs_of, method_fields
-from pharmacist.core.errors import ConfigError
+from pharmacist.core.errors import ConfigError, PharmacistError
 from pharmacist.core.typed import AtLeast1, checked, cut
 from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
@@ -52,37 +54,64 @@ Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
 """A local folder, a Hub id, or a loaded model, which is not modified."""
 Choice: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
+Labels: TypeAlias = str | os.PathLike[str] | Mapping[int, str] | datasets.Dataset | Sequence[Mapping[str, Any]]
+Weights: TypeAlias = str | os.PathLike[str] | Ranking | Iterable[float]
 Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Columns: TypeAlias = str | Mapping[str, str] | None
 _EXPLAINED = {
     "tokenizer": "Tokenizer of a loaded model; by default the one saved with the model.",
+    "labels": 'Human labels of some rows of the pool: ``{12: "good"}``, the entries of a labels.json, or the path of '
+    "one. The selector pharmacist learns from them; with every selector, no row labelled bad is selected.",
+    "weights": "Weights of the rows' losses: a number for each row, the ranking that `data` was selected from, or the "
+    "path of its scores.parquet. Only relative weights matter: the mean over the training rows is set to 1.",
     "columns": 'Other column names, ``{"prompt": "question"}``.',
     "args": "transformers' TrainingArguments, without output folder, checkpoints, seeds, device and dtype; by default "
     "the protocol of the alignment-stage papers.",
     "peft_config": "PEFT configuration of the adapter; by default rank 8 on all linear layers.",
 }
-"""Descriptions of arguments of several functions that are not options, or differ from them."""
+"""Descriptions of arguments that are not options, or differ from them."""
+_OPTION = re.compile(r"(?<![^\s('\"])--([a-z][a-z-]*)")
+"""The name of an option in a text."""
+
+
+def _by_arguments(text: str) -> str:
+    """A text about options of the command line, about the arguments of a function instead."""
+    return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
 
 
 def explained(options: Any) -> Callable[[F], F]:
-    """Completes the docstring of a function with the descriptions of the options of the same name as its arguments."""
+    """Explains a function, which has the options of a command as its arguments, in terms of these.
+
+    Its docstring is completed with the descriptions of the options, and errors name the arguments.
+    """
 
     def complete(function: F) -> F:
-        if not function.__doc__:  # under python -OO
-            return function
-        about, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
-        own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
-        docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
-        for name in inspect.signature(function).parameters:
-            text = f"{name}: {' '.join(docs[name].split())}"
-            text = re.sub(r"--[a-z][a-z-]*", lambda flag: flag[0][2:].replace("-", "_"), text)
-            lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
-        raises = "    PharmacistError: Rows, a model or an option cannot be used."
-        function.__doc__ = "\n".join([*lines, "", rest[rest.index("Returns:") :], "", "Raises:", raises])
-        return function
+        @wraps(function)
+        def explaining(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except PharmacistError as error:
+                error.args = (_by_arguments(str(error)),)
+                raise
+
+        if function.__doc__:  # not under python -OO
+            explaining.__doc__ = _docstring(function, options)
+        return explaining  # type: ignore[return-value]
 
     return complete
+
+
+def _docstring(function: Callable[..., Any], options: Any) -> str:
+    """The docstring of a function, with the descriptions of the options that are its arguments."""
+    about, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
+    own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
+    docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
+    for name in inspect.signature(function).parameters:
+        text = f"{name}: {_by_arguments(' '.join(docs[name].split()))}"
+        lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
+    raises = "    PharmacistError: Rows, a model or an option cannot be used."
+    return "\n".join([*lines, "", rest[rest.index("Returns:") :], "", "Raises:", raises])
 
 
 @explained(CurateOptions)
@@ -92,7 +121,7 @@ def rank(
     safe: Rows | Sequence[Rows] | None = None,
     harmful: Rows | Sequence[Rows] | None = None,
     utility: Rows | Sequence[Rows] | None = None,
-    labels: str | None = None,
+    labels: Labels | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     selector: Choice | Selector = "pharmacist",
@@ -145,7 +174,7 @@ def align(
     harmful: Rows | None = None,
     harmful_batch_size: int = 0,
     pair_by: Literal["prompt", "row", "turn"] = "prompt",
-    weights: str | None = None,
+    weights: Weights | None = None,
     args: TrainingArguments | None = None,
     peft_config: LoraConfig | None = None,
     tuning: Literal["lora", "full"] = "lora",
@@ -294,7 +323,8 @@ def evaluate(
         own = {"output_dir": output_dir or from_main(temporary), "quiet": output_dir is None}
         found: EvaluateResult = EVALUATE(_options(EVALUATE, arguments | own))
         barrier()  # the first process's folder holds the answers of all, until all have read them
-        found._items = None if output_dir else found.items()
+        if not output_dir:
+            found = EvaluateResult(found.metrics, None, found.items())
         barrier()
     return found
 
@@ -385,7 +415,11 @@ def _options(stage: Stage, arguments: dict[str, Any]) -> Any:
             continue
         if item.name in stage.models and not isinstance(value, str | os.PathLike):
             value = wrap_model(value, arguments["tokenizer"], arguments["template"])
-        elif item.name in stage.files and item.name != "labels":
+        elif item.name == "labels":
+            value = _labels(value)
+        elif item.name == "weights":
+            value = _weights(value, arguments["data"])
+        elif item.name in stage.files:
             value = _rows(value, item.name, several=item.default_factory is list)
         elif item.name in method_fields(stage.options):
             value = _choice(item.name, value)
@@ -401,6 +435,28 @@ def _rows(rows: Any, name: str, *, several: bool) -> Any:
         one = not isinstance(rows, list | tuple) or (rows and all(isinstance(row, Mapping) for row in rows))
         return [_rows(source, name, several=False) for source in ([rows] if one else rows)]
     return rows if rows is None or isinstance(rows, str) else open_source(rows, name=name)
+
+
+def _labels(labels: Any) -> Any:
+    """Labels as a stage's options hold them: a path, or entries of that file."""
+    if isinstance(labels, str | os.PathLike):
+        return labels
+    if isinstance(labels, Mapping):
+        labels = [{"row": row, "label": label} for row, label in labels.items()]
+    return open_source(labels, name="labels")
+
+
+def _weights(weights: Any, data: Any) -> Any:
+    """Weights of the rows of `data` as a stage's options hold them: a path, or a row for each of those."""
+    if isinstance(weights, str | os.PathLike):
+        return weights
+    numbers = weights.weights(data) if isinstance(weights, Ranking) else weights
+    try:
+        own = [{"weight": float(weight)} for weight in np.asarray(numbers, dtype=np.float64).tolist()]
+        return open_source(own, name="weights")
+    except (TypeError, ValueError) as error:
+        shown = cut(repr(weights))
+        raise ConfigError(f"weights: must be a path, a Ranking or a number for each row, not {shown}") from error
 
 
 def _columns(columns: Any) -> str | None:

@@ -44,7 +44,7 @@ def test_a_method_is_its_options() -> None:
     assert stir.choice() == {"name": "wooden-stir", "rounds": 5, "address": ""}
     assert WoodenStir(StirConfig(4)).turns == 8
     assert str(inspect.signature(WoodenStir)) == "(*, rounds: int = 3, address: str = '')"
-    with pytest.raises(TypeError, match="unexpected keyword argument 'round'"):
+    with pytest.raises(ConfigError, match="^WoodenStir has no option 'round'; did you mean 'rounds'?"):
         WoodenStir(round=5)
     with pytest.raises(TypeError, match="a config or its fields"):
         WoodenStir(StirConfig(), rounds=5)

@@ -253,7 +253,7 @@ def test_labels_are_compared_with_a_ranking_of_the_same_pool_only(files, tmp_pat
 
 
 def test_labels_that_are_not_there_are_told_in_one_line(files, tmp_path):
-    with pytest.raises(DataError, match="--labels .*gone.json: cannot be read .*; give the file that was saved"):
+    with pytest.raises(DataError, match="^labels .*gone.json: cannot be read .*; give the file that was saved"):
         ph.rank(files["pool"], selector="random", labels=str(tmp_path / "gone.json"))
 
 

@@ -27,7 +27,10 @@ import pharmacist
 from pharmacist.core.env import rank
 options = json.loads(sys.argv[1])
 folder = options.pop("folder")
-pharmacist.rank(**options).table.to_parquet(f"{folder}/table-{rank()}.parquet")
+for call in range(2):
+    ranking = pharmacist.rank(**options)
+    assert len(ranking.select(0.5)) == len(ranking) // 2
+    ranking.table.to_parquet(f"{folder}/table-{rank()}-{call}.parquet")
 """
 
 
@@ -68,8 +71,13 @@ def test_two_processes_rank_like_one(model, tmp_path, options):
 
 
 @pytest.mark.slow
-def test_two_processes_without_an_output_folder_share_one(model, tmp_path):
+@pytest.mark.parametrize("output_dir", [None, "kept"])
+def test_two_processes_get_the_same_ranking_in_memory(model, tmp_path, output_dir):
     selector = {"name": "less", "epochs": 1, "batch_size": 4, "r": 2}
-    launch(IN_MEMORY, tmp_path, given(model, tmp_path, selector) | {"folder": str(tmp_path)}, 2)
-    first, second = (pd.read_parquet(tmp_path / f"table-{number}.parquet") for number in range(2))
-    pd.testing.assert_frame_equal(first, second)
+    options = given(model, tmp_path, selector) | {"folder": str(tmp_path)}
+    options["output_dir"] = output_dir and str(tmp_path / output_dir)
+    launch(IN_MEMORY, tmp_path, options, 2)
+    first, *others = (pd.read_parquet(path) for path in sorted(tmp_path.glob("table-*.parquet")))
+    assert len(others) == 3
+    for other in others:
+        pd.testing.assert_frame_equal(first, other)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from pharmacist.core.errors import CompatibilityError, DataError, PharmacistError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, PharmacistError
 from pharmacist.nn import reading
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.losses import batch_loss
@@ -409,6 +409,9 @@ def test_streams_that_are_missing_and_settings_that_hide_gradients_are_refused(m
         streams = ("harmful",)
 
     own = setting(options(model, tmp_path))
+    for wrong in ([1, 2], "harmful", 3):
+        with pytest.raises(ConfigError, match="^streams: must be a mapping such as .*, not (list|str|int)$"):
+            trainer(own, Thirsty(), streams=wrong)
     with pytest.raises(CompatibilityError, match="thirsty draws from 'harmful' rows; give streams={'harmful': ROWS}"):
         trainer(own, Thirsty())
     seen = []

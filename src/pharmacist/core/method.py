@@ -3,11 +3,10 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pharmacist.core.console import without_credentials
-from pharmacist.core.typed import Given
+from pharmacist.core.registry import Choice, checked_options
 
 
 @dataclasses.dataclass
@@ -55,7 +54,7 @@ class Method:
             raise TypeError(f"{type(self).__name__}: give a config or its fields, not both")
         if config is not None and not dataclasses.is_dataclass(config):
             raise TypeError(f"{type(self).__name__}: options are given by name, not as {config!r}")
-        self.config = self.Config(**options) if config is None else config
+        self.config = checked_options(type(self).__name__, self.Config, options) if config is None else config
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -65,7 +64,7 @@ class Method:
         """The options that can change a result: all of them, unless a method excludes some, such as a batch size."""
         return dataclasses.asdict(self.config)
 
-    def choice(self) -> "Choice":
+    def choice(self) -> Choice:
         """``{"name": ..., **options}``, the form of a method in configuration files and manifests."""
         return Choice({"name": self.name, **dataclasses.asdict(self.config)}, type(self))
 
@@ -73,14 +72,6 @@ class Method:
         values = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         shown = (f"{name}={_shown(value)!r}" for name, value in values.items())
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-class Choice(Given, dict[str, Any]):
-    """Name and options of a method, with its class `method`, which need not be registered."""
-
-    def __init__(self, options: Mapping[str, Any], method: type[Method]) -> None:
-        super().__init__(options)
-        self.method = method
 
 
 def _shown(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
 from pharmacist.core.errors import ConfigError, UnknownNameError
-from pharmacist.core.method import Choice
+from pharmacist.core.typed import Given
 
 
 T = TypeVar("T")
@@ -35,6 +35,14 @@ def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) ->
         if key not in known:
             raise ConfigError(f"{whose} has no option '{key}'{closest(key, known)}")
     return config(**params)
+
+
+class Choice(Given, dict[str, Any]):
+    """Name and options of a method, with its class `method`, which need not be registered."""
+
+    def __init__(self, options: Mapping[str, Any], method: type[Any]) -> None:
+        super().__init__(options)
+        self.method = method
 
 
 class Registry(Generic[T]):
@@ -98,5 +106,6 @@ class Registry(Generic[T]):
         name, params = choice["name"], {key: value for key, value in choice.items() if key != "name"}
         if isinstance(choice, Choice):
             options = checked_options(f"{self.kind} '{name}'", choice.method.Config, params)
-            return choice.method(options)  # type: ignore[return-value]
+            built: T = choice.method(options)
+            return built
         return self.build(name, params)

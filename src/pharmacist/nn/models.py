@@ -240,6 +240,7 @@ def _copy(loaded: LoadedModel, *, merge: bool) -> LoadedModel:
     if isinstance(model, PeftModel) and merge:
         whole = merge_adapter(copy.deepcopy(model).eval(), loaded.name).requires_grad_(False)
         guard_embedding(loaded.name, loaded.tokenizer, whole)
+        whole.register_state_dict_post_hook(_with_copies)
         return replace(loaded, model=whole.eval())
     shared: dict[int, Any] = {}
     active = model.active_adapters if isinstance(model, PeftModel) else []
@@ -249,7 +250,21 @@ def _copy(loaded: LoadedModel, *, merge: bool) -> LoadedModel:
         shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained)
     copied = copy.deepcopy(model, shared).eval()
     guard_embedding(loaded.name, loaded.tokenizer, copied)
+    (copied.get_base_model() if isinstance(model, PeftModel) else copied).register_state_dict_post_hook(_with_copies)
     return replace(loaded, model=copied, shared=True)
+
+
+def _with_copies(model: Any, tensors: dict[str, torch.Tensor], prefix: str, metadata: Any) -> None:
+    """Of what a caller's model shares without its configuration saying so, every name gets a tensor of its own.
+
+    It would be saved under one of its names only, or not at all, and be missing where the file is loaded.
+    """
+    tied, seen = getattr(model, "all_tied_weights_keys", {}), set[int]()
+    for name in [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) not in tied]:
+        place = tensors[name].untyped_storage().data_ptr()
+        if place and place in seen:  # 0: of a kind of tensor without a place of its own
+            tensors[name] = tensors[name].clone()
+        seen.add(place)
 
 
 def _adapter_of(parameter: str) -> str | None:

@@ -205,7 +205,8 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
         extra |= loaded.facts
     device = "cpu" if loaded is None else str(loaded.device)
     run.record(counts=counts, device=device, extra=extra, warnings=warnings)
-    ranking = Ranking(pool.source, table, about=scores.report, folder=str(run.root), _records=pool, _points=points)
+    folder = run.root if run.temporary is None else None
+    ranking = Ranking(pool.source, table, about=scores.report, folder=folder, _records=pool, _points=points)
     if scores.telling is not None:
         keys, reasons = pool.dataset["prompt_key"][:], table["reason"].tolist()
         ranking.to_label = rows_to_label(scores.telling, reasons, keys, clusters, options.to_label)

@@ -1,6 +1,9 @@
 """The result of a ranking."""
 
+import json
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from itertools import islice
@@ -44,7 +47,7 @@ class Ranking:
         manifest: Manifest of the run, as JSON.
         about: The selector's report, such as its quality on held-out references.
         to_label: Positions of the rows whose labels are most informative, shape [rows to label].
-        folder: Folder of the run, for messages.
+        folder: Folder of the run; None where none was asked for.
     """
 
     source: Source
@@ -52,7 +55,7 @@ class Ranking:
     manifest: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     to_label: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    folder: str = ""
+    folder: Path | None = None
     _records: Records | None = None
     _points: Points | None = None
     _scratch: Any = None
@@ -84,7 +87,7 @@ class Ranking:
         asked = [row["row"] for row in read_json_lines(lines)] if lines.is_file() else []
         to_label = np.searchsorted(table["row"], np.array(asked, dtype=np.int64))
         about = manifest.extra.get("selector_report", {})
-        return cls(source, table, manifest.model_dump(mode="json"), about, to_label, str(folder))
+        return cls(source, table, manifest.model_dump(mode="json"), about, to_label, folder)
 
     @property
     def records(self) -> Records:
@@ -168,6 +171,29 @@ class Ranking:
         chosen = choose(self.table, fraction, k, min_score, diversity, points=self._points, **how)
         return self.source.dataset(self.table["row"].to_numpy()[chosen])
 
+    def weights(self, rows: Any) -> list[float]:
+        """The weight of each of some rows of the pool, such as those of `select`, as the selector gave it.
+
+        Args:
+            rows: A dataset, a list of dicts or a path; rows are recognised by their content.
+
+        Raises:
+            DataError: The ranking has no weights, or a row is not in the pool.
+        """
+        if "weight" not in self.table:
+            raise DataError("weights: the ranking has none; selectors with weights are toxic-lora, unrolled and seal")
+        weights = dict(zip(self.table["row"], self.table["weight"], strict=True))
+        known = defaultdict[str, list[float]](list)
+        for number, row in self.source.rows():
+            if number in weights:
+                known[_content(row)].append(weights[number])
+        found = []
+        for number, row in open_source(rows, name="data").rows():
+            if not (own := known.get(_content(row))):
+                raise DataError(f"weights: row {number} of the data is not in the ranking; give a weight for each row")
+            found.append(own.pop(0) if len(own) > 1 else own[0])  # equal rows in turn
+        return found
+
     def to_parquet(self, path: str | Path) -> None:
         """Writes ``scores.parquet``."""
         with atomic_path(path) as temporary:
@@ -194,3 +220,8 @@ class Ranking:
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
+
+
+def _content(row: Mapping[str, Any]) -> str:
+    """What makes rows equal: all columns with a value."""
+    return json.dumps({name: value for name, value in row.items() if value is not None}, sort_keys=True, default=repr)

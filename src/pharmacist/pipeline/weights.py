@@ -14,37 +14,36 @@ from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import Source, open_source
 
 
-def weights_fingerprint(path: str | None) -> dict[str, str]:
-    """The file's content, by the name of its option; nothing without a file.
+def weights_fingerprint(path: str | Source | None) -> dict[str, str]:
+    """The content of a file or of weights in memory, by the name of the option; nothing without either.
 
     Raises:
         DataError: There is no such file.
     """
     if path is None:
         return {}
+    if isinstance(path, Source):
+        return {"weights": path.fingerprint()}
     if not Path(path).is_file():
         raise DataError(f"--weights {path}: no such file; give scores.parquet of the curate run that wrote --data")
     return {"weights": sha256_file(path)}
 
 
-def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
+def row_weights(path: str | Source, data: Source, rows: int) -> dict[int, float]:
     """Weight of every row of the alignment set, by its number in the file.
 
     A file with as many lines as there are rows has one for each; one whose ``selected`` lines are as many has one for
     each selected row, in input order, which is the order of ``selected.jsonl``.
 
     Args:
-        path: Parquet, with ``weight`` and maybe ``row`` and ``selected``.
+        path: Parquet, with ``weight`` and maybe ``row`` and ``selected``, or such rows in memory.
         data: The alignment set.
         rows: Its length, with the rows that are refused or left out by ``where``.
 
     Raises:
         DataError: The weights are of other rows, or no weights.
     """
-    try:
-        table = pd.read_parquet(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"--weights {path}: is not a readable Parquet file") from error
+    table = _read(path)
     if "weight" not in table:
         raise DataError(
             f"--weights {path}: has no column 'weight'; selectors with weights write one (toxic-lora, unrolled, seal)"
@@ -57,7 +56,8 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
             f"--weights {path}: has {len(table)} rows{chosen}, but --data has {rows}; give the scores.parquet of the "
             "curate run that wrote --data"
         )
-    _check_content(Path(path), data, whole)
+    if isinstance(path, str):
+        _check_content(Path(path), data, whole)
     table = table if whole else selected
     if "row" in table:
         table = table.sort_values("row", kind="stable")
@@ -71,7 +71,7 @@ def row_weights(path: str, data: Source, rows: int) -> dict[int, float]:
     return dict(enumerate(weight.tolist()))
 
 
-def scaled(weights: Mapping[int, float], rows: Sequence[int], path: str) -> dict[int, float]:
+def scaled(weights: Mapping[int, float], rows: Sequence[int], path: str | Source) -> dict[int, float]:
     """Weights of the rows that are trained on, by their number in the file, with mean 1.
 
     Raises:
@@ -81,6 +81,15 @@ def scaled(weights: Mapping[int, float], rows: Sequence[int], path: str) -> dict
     if not mean:
         raise DataError(f"--weights {path}: all weights are 0, so there is nothing to train on")
     return {row: weights[row] / mean for row in rows}
+
+
+def _read(path: str | Source) -> pd.DataFrame:
+    if isinstance(path, Source):
+        return pd.DataFrame([row for _, row in path.rows()])
+    try:
+        return pd.read_parquet(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"--weights {path}: is not a readable Parquet file") from error
 
 
 def _check_content(path: Path, data: Source, whole: bool) -> None:

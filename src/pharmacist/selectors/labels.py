@@ -1,8 +1,9 @@
 """A person's labels of rows of the pool: which rows to ask for, and the file ``labels.json`` that holds them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,9 @@ from pharmacist.core.progress import warn
 from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
 
 
+if TYPE_CHECKING:
+    from pharmacist.data.formats import Source
+
 LABELS = {
     "good": CRITICAL,
     "harmful": "teaches_compliance",
@@ -24,7 +28,7 @@ LABELS = {
 """Label that a person may give a row -> reason that the row is ranked by."""
 
 
-def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
+def read_labels(path: "str | Path | Source", pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
     """Labels to learn from (`read_entries`): position in `rows` -> reason; a DataError too where all say the same."""
     where = f"--labels {path}"
     labels = read_entries(path, pool, rows, where=where)
@@ -37,8 +41,10 @@ def read_labels(path: str | Path, pool: str, rows: Sequence[int] | IntArray) -> 
     return {position_of[row]: LABELS[label] for row, label in labels.items()}
 
 
-def labels_fingerprint(path: str | Path) -> str:
-    """The content of a file of labels; a DataError where it cannot be read."""
+def labels_fingerprint(path: "str | Path | Source") -> str:
+    """The content of a file of labels, or of labels in memory; a DataError where it cannot be read."""
+    if not isinstance(path, str | Path):
+        return path.fingerprint()
     try:
         return sha256_file(path)
     except OSError as error:
@@ -49,13 +55,33 @@ def _unreadable(where: str, error: OSError) -> DataError:
     return DataError(f"{where}: cannot be read ({error.strerror}); give the file that was saved")
 
 
-def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *, where: str) -> dict[int, str]:
+def read_entries(
+    path: "str | Path | Source", pool: str, rows: Sequence[int] | IntArray, *, where: str
+) -> dict[int, str]:
     """Row number -> label, from ``{"pool": fingerprint, "labels": [{"row": 12, "label": "good"}, ...]}`` in a file.
 
-    The bare list is read too, with a warning, since nothing then tells which pool it is about. Messages begin with
-    `where`; the pool's fingerprint is ``inputs.pool`` of the manifest, and `rows` are the numbers of its usable rows.
-    A DataError where it is no such file, belongs to another pool, or has an entry that cannot be, which is named.
+    The bare list is read too, with a warning, since nothing then tells which pool it is about, unless it is in memory.
+    Messages begin with `where`; the pool's fingerprint is ``inputs.pool`` of the manifest, and `rows` are the numbers
+    of its usable rows. A DataError where it is no such file, belongs to another pool, or has an entry that cannot be,
+    which is named.
     """
+    entries = _entries(path, pool, where) if isinstance(path, str | Path) else [entry for _, entry in path.rows()]
+    usable = set(np.asarray(rows).tolist())
+    found: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        row, label = (entry.get("row"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if isinstance(row, bool) or not isinstance(row, Integral) or row not in usable:
+            raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
+        if not isinstance(label, str) or label not in LABELS:
+            raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(LABELS)}")
+        if row in found:
+            raise DataError(f"{where}: row {row} has two labels; keep one of them")
+        found[int(row)] = label
+    return found
+
+
+def _entries(path: str | Path, pool: str, where: str) -> list[Any]:
+    """The entries of a file."""
     try:
         content = read_json(path)
     except OSError as error:
@@ -69,18 +95,7 @@ def read_entries(path: str | Path, pool: str, rows: Sequence[int] | IntArray, *,
         raise DataError(
             f"{where}: was made for another pool than --pool, whose fingerprint is {pool}; label the rows of this one"
         )
-    usable = set(np.asarray(rows).tolist())
-    found: dict[int, str] = {}
-    for number, entry in enumerate(entries):
-        row, label = (entry.get("row"), entry.get("label")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(row, int) or isinstance(row, bool) or row not in usable:
-            raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
-        if not isinstance(label, str) or label not in LABELS:
-            raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(LABELS)}")
-        if row in found:
-            raise DataError(f"{where}: row {row} has two labels; keep one of them")
-        found[row] = label
-    return found
+    return entries
 
 
 def labels_of(scores: pd.DataFrame) -> dict[int, str]:

@@ -114,6 +114,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             super().__init__(*args, **kwargs)
         if not isinstance(strategy, GradientStrategy):
             raise ConfigError(f"strategy: must be a method such as pharmacist.Vaccine(rho=2), not {strategy!r}")
+        if not isinstance(streams, Mapping | None):
+            raise ConfigError(f"streams: must be a mapping such as {{'harmful': ROWS}}, not {type(streams).__name__}")
         self.strategy, self.found = strategy, dict[str, Any]()
         self.strategy_seed = self.args.seed if strategy_seed is None else strategy_seed
         self.streams = {name: self._stream(name, rows) for name, rows in (streams or {}).items()}

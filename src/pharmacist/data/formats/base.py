@@ -79,6 +79,9 @@ class Source(Given, ABC):
         self.spec, self.label, self.name, self.where = spec, label, name, f"{name} {label}"
         self._fingerprint: str | None = None
 
+    def __str__(self) -> str:
+        return str(self.label)
+
     @property
     def native(self) -> str:
         """Format in which `write_rows` writes by default."""

@@ -19,16 +19,18 @@ class EvaluateResult:
     Attributes:
         metrics: Content of ``metrics.json``: name -> value (rates in percent), n, count, ci95, judge; with several
             models, one such mapping per model.
-        folder: Folder of the files.
+        folder: Folder of the files; None where none was asked for.
     """
 
     metrics: dict[str, Any]
-    folder: Path
+    folder: Path | None = None
     _items: list[dict[str, Any]] | None = None
 
     def items(self) -> list[dict[str, Any]]:
         """The content of ``items.jsonl`` of one model: one object per prompt, with answer and verdicts."""
-        return read_json_lines(self.folder / "items.jsonl") if self._items is None else self._items
+        if self._items is None and self.folder is not None:
+            return read_json_lines(self.folder / "items.jsonl")
+        return self._items or []
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per metric (and model, if there are several), with ``value`` and the ends ``low`` and ``high`` of
