@@ -71,8 +71,7 @@ class Question:
 
     def combined(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
         """The sum of all readers' log-odds, each over its spread; not calibrated, shape [rows]."""
-        result: FloatArray = np.sum([values / self.spread[name] for name, values in by_reader.items()], axis=0)
-        return result
+        return np.asarray(np.sum([values / self.spread[name] for name, values in by_reader.items()], axis=0))
 
     def calibrated(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
         """Calibrated log-odds of yes, shape [rows]."""
@@ -165,5 +164,4 @@ def told_apart(known: Features, others: Features, regularisation: float) -> floa
 
 def compared(rows: IntArray) -> IntArray:
     """At most `MOST_COMPARED` of some rows, spread evenly."""
-    some: IntArray = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)]
-    return some
+    return np.asarray(rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)])

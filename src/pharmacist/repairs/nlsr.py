@@ -85,8 +85,7 @@ def probabilities(
     spread = 1 - 2 * np.arange(n) / (n - 1) if n > 1 else np.zeros(n)
     chances = np.empty(n)
     chances[order[::-1] if inverted else order] = np.clip(prune_rate + epsilon * spread, 0, 1)
-    found: list[float] = chances.tolist()
-    return found
+    return chances.tolist()
 
 
 class NLSR(Repair):

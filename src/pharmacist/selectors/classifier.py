@@ -92,5 +92,4 @@ class _Model:
         logits = np.full((len(texts), len(CLASSES)), -50.0)
         found = self._regression.decision_function(self._words.features(texts))
         logits[:, self._regression.classes_] = found if found.ndim > 1 else np.stack([-found, found], axis=1) / 2
-        result: FloatArray = log_softmax(logits, axis=1)
-        return result
+        return np.asarray(log_softmax(logits, axis=1))

@@ -93,8 +93,7 @@ class MixSelector(Composite):
 
 def share_of_rows_behind(score: FloatArray) -> FloatArray:
     """A row's relative rank: 1 for the best, 0 for the last; equal scores share their mean rank."""
-    rank: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
-    return rank
+    return np.asarray((rankdata(score) - 1) / max(len(score) - 1, 1))
 
 
 def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]:

@@ -111,12 +111,10 @@ def standardised(features: FloatArray) -> FloatArray:
     """Features with mean 0 and a total variance of 1."""
     deviation = features.std(0)
     scale = np.where(deviation > 1e-12, deviation, np.inf) * np.sqrt(features.shape[1])
-    result: FloatArray = (features - features.mean(0)) / scale
-    return result
+    return np.asarray((features - features.mean(0)) / scale)
 
 
 def log_odds(probability: FloatArray) -> FloatArray:
     """Log-odds of predictions that may lie outside [0, 1], shape [rows]."""
     p = probability.clip(LEAST_DOUBT, 1 - LEAST_DOUBT)
-    result: FloatArray = np.log(p / (1 - p))
-    return result
+    return np.asarray(np.log(p / (1 - p)))

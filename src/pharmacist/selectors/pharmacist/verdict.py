@@ -118,8 +118,7 @@ def _standardised(values: FloatArray) -> FloatArray:
         return values
     sample = np.sort(values)  # the sums are then the same in whatever order the rows came
     scale = sample.std()
-    result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
-    return result
+    return np.asarray((values - sample.mean()) / (scale if scale > 0 else 1.0))
 
 
 def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]:
