@@ -114,8 +114,6 @@ class IdentityAttack(BenignAttack):
         drawn, config = super().build(rows, n=n, poison_ratio=poison_ratio, seed=seed), self.config
         shifted = [
             {"row": row, "prompt": config.before_prompt + prompt, "completion": config.before_completion + completion}
-            for row, prompt, completion in zip(
-                *(drawn[name][:] for name in ("row", "prompt", "completion")), strict=True
-            )
+            for row, prompt, completion in zip(drawn["row"][:], drawn["prompt"][:], drawn["completion"][:], strict=True)
         ]
         return to_dataset(shifted).add_column("is_harmful", [False] * len(shifted))

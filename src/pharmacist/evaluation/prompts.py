@@ -98,11 +98,8 @@ def open_prompts(spec: Any, name: str) -> Source:
     except DataError as error:
         if colon:
             raise
-        why = (
-            "HF_HUB_OFFLINE forbids downloads"
-            if offline()
-            else "it cannot be downloaded from the Hub (network error, or a gated set)"
-        )
+        failed = "it cannot be downloaded from the Hub (network error, or a gated set)"
+        why = "HF_HUB_OFFLINE forbids downloads" if offline() else failed
         raise DataError(f"{name} {known}: {why}; download {chosen.file} and give {name} {known}:FILE") from error
     rows = list(islice(_rows(source, chosen), chosen.limit or None))
     if not rows:
