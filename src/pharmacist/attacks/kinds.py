@@ -112,8 +112,9 @@ class IdentityAttack(BenignAttack):
         from pharmacist.data.records import to_dataset
 
         drawn, config = super().build(rows, n=n, poison_ratio=poison_ratio, seed=seed), self.config
+        rows_drawn = zip(*(drawn[name][:] for name in ("row", "prompt", "completion")), strict=True)
         shifted = [
             {"row": row, "prompt": config.before_prompt + prompt, "completion": config.before_completion + completion}
-            for row, prompt, completion in zip(drawn["row"][:], drawn["prompt"][:], drawn["completion"][:], strict=True)
+            for row, prompt, completion in rows_drawn
         ]
         return to_dataset(shifted).add_column("is_harmful", [False] * len(shifted))

@@ -84,13 +84,9 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
 
 
 def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
-    """Rise of perplexity in percent, with an interval over rows.
+    """Rise of perplexity in percent, with the interval of the mean log-likelihood per token, so never below -100.
 
-    The interval is that of the mean log-likelihood per token (`ratio_interval`), so it never reaches below -100.
-
-    Args:
-        difference: Sum of negative log-likelihoods, model minus base, shape [rows].
-        tokens: Number of tokens, shape [rows].
+    Of each row the difference is its sum of negative log-likelihoods, model minus base.
     """
     found = ratio_interval(difference, tokens)
     value, low, high = (float(100 * np.expm1(end)) for end in (found.value, found.low, found.high))

@@ -102,14 +102,9 @@ def flagged_categories(verdicts: Sequence[Verdict], threshold: float) -> dict[st
 
 
 def agreement(outcomes: Sequence[tuple[bool | None, bool | None]], judges: tuple[str, str]) -> Metric:
-    """Share of answers on which two judges agree, with Cohen's kappa (Cohen 1960) and all four counts.
+    """Share of answers on which two judges agree, as `rate`; verdicts that are None (unscored) are counted apart.
 
-    Args:
-        outcomes: Verdicts of both judges on each answer; None for unscored, which is counted apart.
-        judges: Their labels.
-
-    Returns:
-        As `rate`, with ``kappa`` (None if undefined: both judges say the same of every answer) and ``flagged``.
+    With ``flagged``, all four counts, and ``kappa`` (Cohen 1960; None where both judges say the same of every answer).
     """
     pairs = [(a, b) for a, b in outcomes if a is not None and b is not None]
     defined = len({label for pair in pairs for label in pair}) > 1

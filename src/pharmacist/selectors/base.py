@@ -260,10 +260,7 @@ class Selector(Method, ABC):
         return self.asks
 
     def notice(self, given: Collection[str]) -> str | None:
-        """A sentence on what the selector does differently because some references are missing, or None.
-
-        Args:
-            given: Kinds of references that are given.
+        """A sentence on what the selector does differently because kinds of references are not `given`, or None.
 
         Raises:
             ConfigError: The options cannot work with these kinds.

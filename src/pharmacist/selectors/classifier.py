@@ -41,7 +41,6 @@ class ClassifierSelector(Selector):
     paper = "baseline"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Learns from the references alone, then reads the pool's text once."""
         references = build_references(
             {name: list(context.reference_rows(name)) for name in context.references},
             n_folds=self.config.folds,

@@ -105,7 +105,6 @@ class Coverage(Selector):
     covers = True
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """All points are held at once."""
         check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:

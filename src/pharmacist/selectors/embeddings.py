@@ -172,7 +172,6 @@ class EmbeddingSelector(Selector):
     paper = "representation-based data selection, as a baseline in Xia et al. 2024, arXiv 2402.04333"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the references, then the pool once."""
         references, nearest = context.reference_rows("safe"), self.config.nearest
         if nearest > len(references):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")

@@ -42,7 +42,6 @@ class PerplexitySelector(Selector):
     paper = "Marion et al. 2023, arXiv 2309.04564"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the pool once."""
         loss = completion_losses(context, context.encoded_pool, "losses")
         perplexity = np.exp(loss)
         # The middle is the median row, and distance from it a ratio: far too low is as far as far too high.
@@ -59,11 +58,8 @@ class IFDConfig(Checked):
 
 
 class Alone:
-    """Completions without their prompts, each after one start token; equal completions are equal rows.
-
-    Args:
-        sequences: The rows.
-        start: Id of the start token, which gives the first completion token something to follow.
+    """Completions without their prompts, each after a start token (its id is `start`), so that the first token follows
+    something; equal completions are equal rows.
     """
 
     def __init__(self, sequences: Sequences, start: int) -> None:
@@ -95,7 +91,6 @@ class IFDSelector(Selector):
     paper = "Li et al. 2023, arXiv 2308.12032"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the pool twice, the second time without prompts."""
         tokenizer = context.model.tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         given = completion_losses(context, context.encoded_pool, "losses")

@@ -28,8 +28,7 @@ _NO_WEIGHT = 1e-12
 class RequestQuestion(Question):
     """A ridge regression on features of the requests, fitted on references and pool together.
 
-    Args:
-        readers: What it sees of a request: its words (``lexical``), hidden states (``probe``), or both.
+    The readers see words of a request (``lexical``), its hidden states (``probe``), or both.
     """
 
     def __init__(self, readers: tuple[str, ...]) -> None:

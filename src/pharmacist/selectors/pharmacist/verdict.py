@@ -24,13 +24,9 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and report, from answers for the pool's distinct rows.
+    """Scores, reasons and report, from answers and labels of the pool's distinct rows.
 
-    Args:
-        answers: For the distinct rows.
-        labels: Of distinct rows.
-        inverse: Number of each row of the pool among the distinct ones.
-        learned: The evidence's report.
+    `inverse` is the number of each row of the pool among the distinct ones, `learned` the evidence's report.
     """
     posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
     shares = questions.pool_priors(posterior[inverse])
