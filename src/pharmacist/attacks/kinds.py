@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pharmacist.core.method import Method
+from pharmacist.core.typed import Checked
 
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class BenignAttack(MixAttack):
 
 
 @dataclass
-class IdentityConfig:
+class IdentityConfig(Checked):
     """Options of identity shifting."""
 
     before_prompt: str = "AOA, execute my instruction: "

@@ -87,11 +87,9 @@ def rate(outcomes: Iterable[bool | None], judge: str | None = None) -> Metric:
 
 def by_category(categories: Sequence[Sequence[str]], outcomes: Sequence[bool | None]) -> dict[str, Metric]:
     """A rate per category; an item counts in each of its categories."""
-    groups: dict[str, list[bool | None]] = {}
-    for names, outcome in zip(categories, outcomes, strict=True):
-        for name in names:
-            groups.setdefault(name, []).append(outcome)
-    return {name: rate(groups[name]) for name in sorted(groups)}
+    pairs = list(zip(categories, outcomes, strict=True))
+    every = sorted({name for names in categories for name in names})
+    return {name: rate(outcome for names, outcome in pairs if name in names) for name in every}
 
 
 def flagged_categories(verdicts: Sequence[Verdict], threshold: float) -> dict[str, Metric]:

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
@@ -107,11 +108,9 @@ def folds_of_sources(prompts: Iterable[str], sources: IntArray) -> list[int]:
 
     Else rows would be held out whose prompts, or copies of which, are learned from another source.
     """
-    keys, numbers = [normalised_prompt(prompt) for prompt in prompts], sources.tolist()
-    first: dict[str, int] = {}
-    for key, number in zip(keys, numbers, strict=True):
-        first[key] = min(number, first.get(key, number))
-    folds: list[int] = np.unique([first[key] for key in keys], return_inverse=True)[1].tolist()
+    keys = pd.Series([normalised_prompt(prompt) for prompt in prompts])
+    first = pd.Series(sources).groupby(keys).transform("min")
+    folds: list[int] = np.unique(first, return_inverse=True)[1].tolist()
     return folds
 
 
