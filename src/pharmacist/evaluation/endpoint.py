@@ -142,10 +142,8 @@ class Endpoint:
     ) -> Iterator[tuple[K, Answer | Failure]]:
         """Posts each body to ``chat/completions``; yields keys and results in the order in which replies arrive.
 
-        `answered` says that the endpoint has answered other questions of this kind before.
-
-        Raises:
-            DataError: The endpoint cannot be reached, or refuses.
+        `answered` says that the endpoint has answered other questions of this kind before. A DataError where it cannot
+        be reached, or refuses.
         """
         headers = {"Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}

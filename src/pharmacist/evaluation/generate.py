@@ -101,8 +101,7 @@ class PromptBatch(NamedTuple):
 def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batch_size: int = 0) -> list[PromptBatch]:
     """Groups prompts (lengths in tokens) of similar length and of equal room for an answer, the longest first.
 
-    Raises:
-        DataError: A prompt fills the whole context.
+    A DataError where a prompt fills the whole context.
     """
     for row, length in enumerate(lengths):
         if length >= context:

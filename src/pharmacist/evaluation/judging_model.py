@@ -59,10 +59,8 @@ class JudgingModel(Decider):
         """Asks questions, texts of the user's turn; returns the `numbers` of each reply, or why there are none.
 
         Equal questions are asked once, by the first process of a launcher. Replies are kept in `work` as they arrive,
-        without their reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again.
-
-        Raises:
-            DataError: The endpoint cannot be reached or refuses.
+        without their reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again. A
+        DataError where the endpoint cannot be reached or refuses.
         """
         replies = on_main(lambda: self._replies(questions, description))
         self.missing += sum(isinstance(reply, Failure) for reply in replies)

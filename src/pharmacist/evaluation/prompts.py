@@ -84,8 +84,7 @@ PROMPT_SETS = {
 def open_prompts(spec: Any, name: str) -> Source:
     """Opens a set by name (from the hub), by ``name:FILE`` (its authors' file), or any source of `open_source`.
 
-    Raises:
-        DataError: It is missing, or holds no such prompts; the message says which file to provide.
+    A DataError where it is missing, or holds no such prompts, says which file to provide.
     """
     known, colon, file = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if known not in PROMPT_SETS or os.path.exists(spec):

@@ -42,11 +42,7 @@ class Question:
         self.calibration = 0.0, 0.0
 
     def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
-        """Log-odds of every reference by readers that did not see its fold, by reader.
-
-        Raises:
-            DataError: Without some fold only one answer (1 or 0) is left.
-        """
+        """Log-odds of every reference by readers that did not see its fold, by reader; raises as `splits`."""
         found = {name: np.zeros(len(answers)) for name in self.readers}
         for rest, held in splits(answers, folds):
             known, unseen = texts.take(rest), texts.take(held)
@@ -57,11 +53,8 @@ class Question:
     def learn(self, texts: Texts, answers: IntArray, folds: IntArray) -> tuple[FloatArray, dict[str, FloatArray]]:
         """Calibrates on references that are held out fold by fold, then trains the readers on all of them.
 
-        Returns:
-            Calibrated log-odds of the held-out references, shape [references], and those of each reader before.
-
-        Raises:
-            DataError: As `held_out`.
+        Returns calibrated log-odds of the held-out references, shape [references], and those of each reader before;
+        raises as `splits`.
         """
         held_out = self.held_out(texts, answers, folds)
         self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
@@ -115,11 +108,7 @@ def folds_of_sources(prompts: Iterable[str], sources: IntArray) -> list[int]:
 
 
 def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]]:
-    """The rows outside and inside of each fold.
-
-    Raises:
-        DataError: Without some fold only one answer is left.
-    """
+    """The rows outside and inside of each fold; a DataError where only one answer is left without some fold."""
     if not can_be_held_out(answers, folds):
         raise DataError("the references have too few different prompts to hold some out; give more")
     return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]

@@ -93,11 +93,7 @@ def share_of_rows_behind(score: FloatArray) -> FloatArray:
 
 
 def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]:
-    """The class of a mixture called ``a+b`` of selectors by name, with the options of its parts.
-
-    Raises:
-        ConfigError: The mixture makes no sense.
-    """
+    """The class of a mixture called ``a+b``, with the options of its parts; a ConfigError where it makes no sense."""
     names = name.split("+")
     for part in names:
         if names.count(part) > 1:
