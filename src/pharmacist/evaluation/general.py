@@ -99,8 +99,7 @@ def check_lm_eval(tasks: str) -> list[str]:
     try:
         importlib.import_module("lm_eval")
     except ImportError as error:
-        how = "pip install 'pharmacist[lm-eval]'"
-        raise CompatibilityError(f"--lm-eval: lm-eval is not installed; {how}") from error
+        raise CompatibilityError("--lm-eval: lm-eval is not installed; pip install 'pharmacist[lm-eval]'") from error
     return names
 
 

@@ -66,16 +66,13 @@ class Alone:
         self._sequences, self._start = sequences, np.array([start], dtype=np.int32)
         self.lengths = (sequences.lengths - sequences.prompt_lengths + 1).astype(np.int32)
         self.prompt_lengths = np.ones(len(self.lengths), dtype=np.int32)
-        keys = (xxhash.xxh3_64_intdigest(self._row(row).tobytes()) for row in range(len(self.lengths)))
+        keys = (xxhash.xxh3_64_intdigest(self.token_ids([row])[0].tobytes()) for row in range(len(self.lengths)))
         self.content_keys = np.fromiter(keys, dtype=np.uint64, count=len(self.lengths))
-
-    def _row(self, row: int) -> npt.NDArray[np.int32]:
-        tokens = self._sequences.token_ids([row])[0]
-        return np.concatenate([self._start, tokens[int(self._sequences.prompt_lengths[row]) :]])
 
     def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
         """The token ids of some rows."""
-        return [self._row(int(row)) for row in rows]
+        pairs = zip(self._sequences.token_ids(rows), self._sequences.prompt_lengths[np.asarray(rows)], strict=True)
+        return [np.concatenate([self._start, tokens[prompt:]]) for tokens, prompt in pairs]
 
 
 class IFDSelector(Selector):
