@@ -144,6 +144,11 @@ def test_identity_shifting_dresses_up_rows_of_the_task(files: dict[str, str], tm
         assert a["source_row"] == b["source_row"]
 
 
+def test_options_of_a_kind_are_checked_by_their_types() -> None:
+    with pytest.raises(ConfigError, match="before_prompt must be text, not 3"):
+        ATTACKS.build("identity", {"before_prompt": 3})
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pharmacist.core.method import Method
+from pharmacist.core.typed import Checked
 
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class BenignAttack(MixAttack):
 
 
 @dataclass
-class IdentityConfig:
+class IdentityConfig(Checked):
     """Options of identity shifting."""
 
     before_prompt: str = "AOA, execute my instruction: "
@@ -112,10 +113,9 @@ class IdentityAttack(BenignAttack):
         from pharmacist.data.records import to_dataset
 
         drawn, config = super().build(rows, n=n, poison_ratio=poison_ratio, seed=seed), self.config
+        rows_drawn = zip(*(drawn[name][:] for name in ("row", "prompt", "completion")), strict=True)
         shifted = [
             {"row": row, "prompt": config.before_prompt + prompt, "completion": config.before_completion + completion}
-            for row, prompt, completion in zip(
-                *(drawn[name][:] for name in ("row", "prompt", "completion")), strict=True
-            )
+            for row, prompt, completion in rows_drawn
         ]
         return to_dataset(shifted).add_column("is_harmful", [False] * len(shifted))

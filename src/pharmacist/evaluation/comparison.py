@@ -13,15 +13,9 @@ from pharmacist.evaluation.statistics import four_counts, paired_difference
 def compare(
     a: Sequence[Item], b: Sequence[Item], metrics_a: Mapping[str, Any], metrics_b: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Differences ``a - b`` by metric, in percentage points.
+    """Differences ``a - b`` by metric, in percentage points, from both ``items.jsonl`` and ``metrics.json``.
 
     Outcomes are paired by the items' id, which holds the prompt's text: only answers to equal prompts are compared.
-
-    Args:
-        a: Items of the first evaluation, as in ``items.jsonl``.
-        b: Items of the second.
-        metrics_a: Content of the first ``metrics.json``, which names the judges.
-        metrics_b: Content of the second.
 
     Returns:
         Metric -> ``value``, ``ci95`` (Newcombe's paired interval; None without pairs), ``n`` (pairs with both outcomes

@@ -140,18 +140,10 @@ class Endpoint:
     def ask_all(
         self, bodies: Mapping[K, Mapping[str, Any]], description: str, *, answered: bool = False
     ) -> Iterator[tuple[K, Answer | Failure]]:
-        """Posts each body to ``chat/completions``.
+        """Posts each body to ``chat/completions``; yields keys and results in the order in which replies arrive.
 
-        Args:
-            bodies: Key -> JSON object of the request.
-            description: Label of the progress bar.
-            answered: Whether the endpoint has answered other questions of this kind before.
-
-        Yields:
-            Key and result of each question, in the order in which the replies arrive.
-
-        Raises:
-            DataError: The endpoint cannot be reached, or refuses.
+        `answered` says that the endpoint has answered other questions of this kind before. A DataError where it cannot
+        be reached, or refuses.
         """
         headers = {"Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}

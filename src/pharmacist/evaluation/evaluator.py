@@ -160,11 +160,7 @@ class Evaluator:
         return item | {name: getattr(answer, name) for name in _OPTIONAL if getattr(answer, name)}
 
     def answers_of(self, items: Iterable[Mapping[str, Any]]) -> dict[str, list[Answer]]:
-        """The answers that `assess` wrote into items, for another judge.
-
-        Raises:
-            DataError: They answer other prompts.
-        """
+        """The answers that `assess` wrote into items, for another judge; a DataError for other prompts."""
         found: dict[str, list[Answer]] = {name: [] for name in self.rows}
         for item in items:
             more = {name: item[name] for name in _OPTIONAL if name in item}

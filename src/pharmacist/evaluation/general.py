@@ -27,10 +27,8 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
     """Rise of the perplexity of completions (of canonical rows) over the base model's, in percent.
 
     Both models read the same tokens, those of the first model's template. Perplexity is over all completion tokens
-    together, end-of-sequence included, so that rows count by their length.
-
-    Raises:
-        CompatibilityError: Their tokenizers differ, so that losses per token cannot be compared.
+    together, end-of-sequence included, so that rows count by their length. A CompatibilityError where their tokenizers
+    differ, so that losses per token cannot be compared.
     """
     if tokenizer_fingerprint(model.tokenizer) != tokenizer_fingerprint(base.tokenizer):
         raise CompatibilityError(f"--base {base.name}: has a different tokenizer than {model.name}; give its own base")
@@ -84,13 +82,9 @@ def _sums(encoded: Any, loaded: LoadedModel, work: Path, flag: str) -> FloatArra
 
 
 def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
-    """Rise of perplexity in percent, with an interval over rows.
+    """Rise of perplexity in percent, with the interval of the mean log-likelihood per token, so never below -100.
 
-    The interval is that of the mean log-likelihood per token (`ratio_interval`), so it never reaches below -100.
-
-    Args:
-        difference: Sum of negative log-likelihoods, model minus base, shape [rows].
-        tokens: Number of tokens, shape [rows].
+    Of each row the difference is its sum of negative log-likelihoods, model minus base.
     """
     found = ratio_interval(difference, tokens)
     value, low, high = (float(100 * np.expm1(end)) for end in (found.value, found.low, found.high))
@@ -105,16 +99,14 @@ def check_lm_eval(tasks: str) -> list[str]:
     try:
         importlib.import_module("lm_eval")
     except ImportError as error:
-        how = "pip install 'pharmacist[lm-eval]'"
-        raise CompatibilityError(f"--lm-eval: lm-eval is not installed; {how}") from error
+        raise CompatibilityError("--lm-eval: lm-eval is not installed; pip install 'pharmacist[lm-eval]'") from error
     return names
 
 
 def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int) -> dict[str, Metric]:
     """Runs tasks of lm-eval's harness on a loaded model; figures and standard errors are those of the harness.
 
-    Raises:
-        DataError: The harness knows no such task, or cannot get its data.
+    A DataError where the harness knows no such task, or cannot get its data.
     """
     harness, models = (importlib.import_module(name) for name in ("lm_eval", "lm_eval.models.huggingface"))
     model = models.HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 8)

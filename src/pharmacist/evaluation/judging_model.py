@@ -56,20 +56,11 @@ class JudgingModel(Decider):
             raise ConfigError(f"{self._who}: give the LLM judge with {self.option}.model NAME")
 
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
-        """Asks the judging model.
+        """Asks questions, texts of the user's turn; returns the `numbers` of each reply, or why there are none.
 
         Equal questions are asked once, by the first process of a launcher. Replies are kept in `work` as they arrive,
-        without their reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again.
-
-        Args:
-            questions: Texts of the user's turn.
-            description: Label of the progress bar.
-
-        Returns:
-            Per question the `numbers` of its reply, or why there are none.
-
-        Raises:
-            DataError: The endpoint cannot be reached or refuses.
+        without their reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again. A
+        DataError where the endpoint cannot be reached or refuses.
         """
         replies = on_main(lambda: self._replies(questions, description))
         self.missing += sum(isinstance(reply, Failure) for reply in replies)

@@ -87,11 +87,9 @@ def rate(outcomes: Iterable[bool | None], judge: str | None = None) -> Metric:
 
 def by_category(categories: Sequence[Sequence[str]], outcomes: Sequence[bool | None]) -> dict[str, Metric]:
     """A rate per category; an item counts in each of its categories."""
-    groups: dict[str, list[bool | None]] = {}
-    for names, outcome in zip(categories, outcomes, strict=True):
-        for name in names:
-            groups.setdefault(name, []).append(outcome)
-    return {name: rate(groups[name]) for name in sorted(groups)}
+    pairs = list(zip(categories, outcomes, strict=True))
+    every = sorted({name for names in categories for name in names})
+    return {name: rate(outcome for names, outcome in pairs if name in names) for name in every}
 
 
 def flagged_categories(verdicts: Sequence[Verdict], threshold: float) -> dict[str, Metric]:
@@ -102,14 +100,9 @@ def flagged_categories(verdicts: Sequence[Verdict], threshold: float) -> dict[st
 
 
 def agreement(outcomes: Sequence[tuple[bool | None, bool | None]], judges: tuple[str, str]) -> Metric:
-    """Share of answers on which two judges agree, with Cohen's kappa (Cohen 1960) and all four counts.
+    """Share of answers on which two judges agree, as `rate`; verdicts that are None (unscored) are counted apart.
 
-    Args:
-        outcomes: Verdicts of both judges on each answer; None for unscored, which is counted apart.
-        judges: Their labels.
-
-    Returns:
-        As `rate`, with ``kappa`` (None if undefined: both judges say the same of every answer) and ``flagged``.
+    With ``flagged``, all four counts, and ``kappa`` (Cohen 1960; None where both judges say the same of every answer).
     """
     pairs = [(a, b) for a, b in outcomes if a is not None and b is not None]
     defined = len({label for pair in pairs for label in pair}) > 1

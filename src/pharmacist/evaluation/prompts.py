@@ -84,8 +84,7 @@ PROMPT_SETS = {
 def open_prompts(spec: Any, name: str) -> Source:
     """Opens a set by name (from the hub), by ``name:FILE`` (its authors' file), or any source of `open_source`.
 
-    Raises:
-        DataError: It is missing, or holds no such prompts; the message says which file to provide.
+    A DataError where it is missing, or holds no such prompts, says which file to provide.
     """
     known, colon, file = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if known not in PROMPT_SETS or os.path.exists(spec):
@@ -98,11 +97,8 @@ def open_prompts(spec: Any, name: str) -> Source:
     except DataError as error:
         if colon:
             raise
-        why = (
-            "HF_HUB_OFFLINE forbids downloads"
-            if offline()
-            else "it cannot be downloaded from the Hub (network error, or a gated set)"
-        )
+        failed = "it cannot be downloaded from the Hub (network error, or a gated set)"
+        why = "HF_HUB_OFFLINE forbids downloads" if offline() else failed
         raise DataError(f"{name} {known}: {why}; download {chosen.file} and give {name} {known}:FILE") from error
     rows = list(islice(_rows(source, chosen), chosen.limit or None))
     if not rows:

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
@@ -41,11 +42,7 @@ class Question:
         self.calibration = 0.0, 0.0
 
     def held_out(self, texts: Texts, answers: IntArray, folds: IntArray) -> dict[str, FloatArray]:
-        """Log-odds of every reference by readers that did not see its fold, by reader.
-
-        Raises:
-            DataError: Without some fold only one answer (1 or 0) is left.
-        """
+        """Log-odds of every reference by readers that did not see its fold, by reader; raises as `splits`."""
         found = {name: np.zeros(len(answers)) for name in self.readers}
         for rest, held in splits(answers, folds):
             known, unseen = texts.take(rest), texts.take(held)
@@ -56,11 +53,8 @@ class Question:
     def learn(self, texts: Texts, answers: IntArray, folds: IntArray) -> tuple[FloatArray, dict[str, FloatArray]]:
         """Calibrates on references that are held out fold by fold, then trains the readers on all of them.
 
-        Returns:
-            Calibrated log-odds of the held-out references, shape [references], and those of each reader before.
-
-        Raises:
-            DataError: As `held_out`.
+        Returns calibrated log-odds of the held-out references, shape [references], and those of each reader before;
+        raises as `splits`.
         """
         held_out = self.held_out(texts, answers, folds)
         self.spread = {name: float(values.std()) or 1.0 for name, values in held_out.items()}
@@ -71,8 +65,7 @@ class Question:
 
     def combined(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
         """The sum of all readers' log-odds, each over its spread; not calibrated, shape [rows]."""
-        result: FloatArray = np.sum([values / self.spread[name] for name, values in by_reader.items()], axis=0)
-        return result
+        return np.asarray(np.sum([values / self.spread[name] for name, values in by_reader.items()], axis=0))
 
     def calibrated(self, by_reader: Mapping[str, FloatArray]) -> FloatArray:
         """Calibrated log-odds of yes, shape [rows]."""
@@ -108,20 +101,14 @@ def folds_of_sources(prompts: Iterable[str], sources: IntArray) -> list[int]:
 
     Else rows would be held out whose prompts, or copies of which, are learned from another source.
     """
-    keys, numbers = [normalised_prompt(prompt) for prompt in prompts], sources.tolist()
-    first: dict[str, int] = {}
-    for key, number in zip(keys, numbers, strict=True):
-        first[key] = min(number, first.get(key, number))
-    folds: list[int] = np.unique([first[key] for key in keys], return_inverse=True)[1].tolist()
+    keys = pd.Series([normalised_prompt(prompt) for prompt in prompts])
+    first = pd.Series(sources).groupby(keys).transform("min")
+    folds: list[int] = np.unique(first, return_inverse=True)[1].tolist()
     return folds
 
 
 def splits(answers: IntArray, folds: IntArray) -> list[tuple[IntArray, IntArray]]:
-    """The rows outside and inside of each fold.
-
-    Raises:
-        DataError: Without some fold only one answer is left.
-    """
+    """The rows outside and inside of each fold; a DataError where only one answer is left without some fold."""
     if not can_be_held_out(answers, folds):
         raise DataError("the references have too few different prompts to hold some out; give more")
     return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
@@ -165,5 +152,4 @@ def told_apart(known: Features, others: Features, regularisation: float) -> floa
 
 def compared(rows: IntArray) -> IntArray:
     """At most `MOST_COMPARED` of some rows, spread evenly."""
-    some: IntArray = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)]
-    return some
+    return np.asarray(rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_COMPARED)).astype(int)])

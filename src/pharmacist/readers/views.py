@@ -277,8 +277,7 @@ class Reader:
     def log_odds(self, texts: Texts) -> FloatArray:
         """Log-odds of yes, not calibrated, shape [rows]."""
         coefficients, intercept = self.coefficients
-        result: FloatArray = self.features(texts) @ coefficients + intercept
-        return result
+        return np.asarray(self.features(texts) @ coefficients + intercept)
 
     def state(self) -> State:
         """Tensors and JSON for `load`."""

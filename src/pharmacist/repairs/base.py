@@ -147,11 +147,7 @@ class Repair(Method, ABC):
 
 @torch.no_grad()
 def apply(tuned: ModelWeights, plan: Plan) -> list[Change]:
-    """Writes the planned values into the model.
-
-    Raises:
-        NoMatchError: Not a single entry would change, or a value is not finite.
-    """
+    """Writes the planned values into the model; a NoMatchError if no entry would change, or a value is not finite."""
     tensors, changes = tuned.tensors(), []
     for name, value in plan.tensors.items():
         tensor = tensors[name]

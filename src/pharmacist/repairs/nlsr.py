@@ -44,14 +44,9 @@ class NLSRConfig(Checked):
 def output_basis(weight: torch.Tensor, gram: torch.Tensor, share: float, *, of_outputs: bool = False) -> torch.Tensor:
     """The directions in which a matrix's outputs vary most, shape [out, q], orthonormal.
 
-    They are the top eigenvectors of ``W G W^T``; with more outputs than inputs by way of W = Q R, so that nothing is
-    ever [out, out].
-
-    Args:
-        weight: Shape [out, in].
-        gram: ``sum x x^T`` over the inputs, shape [in, in].
-        share: q = share * min(out, in), at least 1.
-        of_outputs: `gram` is that of the outputs already, shape [out, out].
+    They are the top eigenvectors of ``W G W^T``, where q = share * min(out, in), at least 1, and the Gram matrix G is
+    ``sum x x^T`` over the inputs; with `of_outputs` it is that of the outputs already. With more outputs than inputs
+    they are found by way of W = Q R, so that nothing is ever [out, out].
     """
     out, width = weight.shape
     keep = max(1, int(share * min(out, width) + 1e-9))
@@ -85,8 +80,7 @@ def probabilities(
     spread = 1 - 2 * np.arange(n) / (n - 1) if n > 1 else np.zeros(n)
     chances = np.empty(n)
     chances[order[::-1] if inverted else order] = np.clip(prune_rate + epsilon * spread, 0, 1)
-    found: list[float] = chances.tolist()
-    return found
+    return chances.tolist()
 
 
 class NLSR(Repair):

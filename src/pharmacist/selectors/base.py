@@ -260,31 +260,26 @@ class Selector(Method, ABC):
         return self.asks
 
     def notice(self, given: Collection[str]) -> str | None:
-        """A sentence on what the selector does differently because some references are missing, or None.
-
-        Args:
-            given: Kinds of references that are given.
+        """A sentence on what the selector does differently because kinds of references are not `given`, or None.
 
         Raises:
             ConfigError: The options cannot work with these kinds.
         """
         return None
 
-    def check_room(self, rows: int, folder: Path) -> None:
+    def check_room(self, rows: int, folder: Path) -> None:  # noqa: B027 - most read one row at a time
         """Checks, before any work, that memory and the disk of the run's folder are large enough for this many rows.
 
         Raises:
             ConfigError: They are not; the message says how much is needed.
         """
-        return
 
-    def check_saved(self, folder: Path, model: str | None) -> None:
+    def check_saved(self, folder: Path, model: str | None) -> None:  # noqa: B027 - most save nothing
         """Checks, before any work, that a folder contains a trained selector that can score with a model.
 
         Raises:
             PharmacistError: It does not.
         """
-        return
 
     def save(self, folder: Path) -> bool:
         """Saves the trained selector, so that it can score new rows; returns False if there is nothing to save."""

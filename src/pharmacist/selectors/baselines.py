@@ -25,7 +25,6 @@ class FullSelector(Selector):
     keeps_all = True
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Gives every row the score 0."""
         return Scores(np.zeros(len(context.pool)))
 
 
@@ -46,7 +45,6 @@ class RandomSelector(Selector):
     chance = True
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Draws a score in [0, 1) for every row."""
         draw = [self.config.draw] if self.config.draw else []
         return Scores(draws(context.pool.dataset, derive(context.seed, "random", "scores", *draw)))
 
@@ -85,7 +83,6 @@ class LengthSelector(Selector):
     paper = "Zhao et al. 2024, arXiv 2402.04833 (longest)"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Counts the characters of every completion."""
         batches = context.pool.dataset.select_columns(["completion"]).iter(4096)
         characters = np.array([len(text) for batch in batches for text in batch["completion"]], dtype=np.int64)
         return Scores.by_size(characters, "characters", largest=self.config.keep == "longest")

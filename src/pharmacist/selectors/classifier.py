@@ -41,7 +41,6 @@ class ClassifierSelector(Selector):
     paper = "baseline"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Learns from the references alone, then reads the pool's text once."""
         references = build_references(
             {name: list(context.reference_rows(name)) for name in context.references},
             n_folds=self.config.folds,
@@ -92,5 +91,4 @@ class _Model:
         logits = np.full((len(texts), len(CLASSES)), -50.0)
         found = self._regression.decision_function(self._words.features(texts))
         logits[:, self._regression.classes_] = found if found.ndim > 1 else np.stack([-found, found], axis=1) / 2
-        result: FloatArray = log_softmax(logits, axis=1)
-        return result
+        return np.asarray(log_softmax(logits, axis=1))

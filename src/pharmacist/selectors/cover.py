@@ -37,8 +37,7 @@ def k_center_radii(points: FloatArray, weights: FloatArray | None = None) -> Flo
     norms = (points**2).sum(1)
 
     def squared_from(point: FloatArray) -> FloatArray:
-        result: FloatArray = (norms + point @ point - 2 * points @ point).clip(min=0)
-        return result
+        return np.asarray((norms + point @ point - 2 * points @ point).clip(min=0))
 
     at, left = int(squared_from(points.mean(0)).argmin()), np.full(len(points), np.inf)
     radii = np.empty(len(points))
@@ -106,7 +105,6 @@ class Coverage(Selector):
     covers = True
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """All points are held at once."""
         check_room(rows, folder)
 
     def rank(self, context: SelectionContext) -> Scores:

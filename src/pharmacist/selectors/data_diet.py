@@ -38,7 +38,6 @@ class EL2NSelector(Selector):
     paper = "Paul et al. 2021, arXiv 2107.07075"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the pool once."""
         model = context.model.model
 
         def errors(batch: Batch) -> torch.Tensor:

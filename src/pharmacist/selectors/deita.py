@@ -49,7 +49,6 @@ class DeitaSelector(Composite):
         super().__post_init__()
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """All points are held at once."""
         check_room(rows, folder)
         super().check_room(rows, folder)
 

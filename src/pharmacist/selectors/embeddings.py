@@ -82,8 +82,7 @@ def pool_points(context: SelectionContext) -> FloatArray:
     @cache
     def projection(width: int) -> FloatArray:
         rng = np.random.default_rng(derive(context.seed, "embeddings", "projection"))
-        matrix: FloatArray = rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5
-        return matrix
+        return np.asarray(rng.normal(size=(width, DIMENSION)) / DIMENSION**0.5)
 
     def narrow(states: FloatArray) -> FloatArray:
         width = states.shape[1]
@@ -173,7 +172,6 @@ class EmbeddingSelector(Selector):
     paper = "representation-based data selection, as a baseline in Xia et al. 2024, arXiv 2402.04333"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the references, then the pool once."""
         references, nearest = context.reference_rows("safe"), self.config.nearest
         if nearest > len(references):
             raise ConfigError(f"selector.nearest {nearest}: there are {len(references)} safe references")
@@ -185,7 +183,5 @@ class EmbeddingSelector(Selector):
 def likeness(states: FloatArray, references: FloatArray, nearest: int) -> FloatArray:
     """Cosine to the references' centroid, or mean cosine to so many nearest ones; all of length 1; shape [rows]."""
     if nearest == 0:
-        centroid: FloatArray = states @ unit(references.mean(0, keepdims=True))[0]
-        return centroid
-    closest: FloatArray = np.sort(states @ references.T, axis=1)[:, -nearest:].mean(1)
-    return closest
+        return np.asarray(states @ unit(references.mean(0, keepdims=True))[0])
+    return np.asarray(np.sort(states @ references.T, axis=1)[:, -nearest:].mean(1))

@@ -149,8 +149,7 @@ def cotraining_rows(content_keys: npt.NDArray[np.uint64], share: float, seed: in
 
 def weight_gradient(sigma: FloatArray, difference: FloatArray, gamma: float) -> FloatArray:
     """dG/dw_i = (gamma / N) sigma_i (d_i - mean_j sigma_j d_j), the envelope-theorem gradient of V_safe - V_toxic."""
-    gradient: FloatArray = gamma / len(sigma) * sigma * (difference - (sigma * difference).mean())
-    return gradient
+    return np.asarray(gamma / len(sigma) * sigma * (difference - (sigma * difference).mean()))
 
 
 def batch_weight_gradient(weights: FloatArray, difference: FloatArray, gamma: float) -> FloatArray:
@@ -159,8 +158,7 @@ def batch_weight_gradient(weights: FloatArray, difference: FloatArray, gamma: fl
     The mean is taken over the batch under its own weights: rows with equal differences stay where they are, and so do
     rows that are not visited. At uniform weights its mean over all batches is the gradient, but for a factor.
     """
-    gradient: FloatArray = weight_gradient(weights / weights.mean(), difference, gamma) * weights.sum()
-    return gradient
+    return np.asarray(weight_gradient(weights / weights.mean(), difference, gamma) * weights.sum())
 
 
 def row_weights(logits: torch.Tensor) -> torch.Tensor:

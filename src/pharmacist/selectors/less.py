@@ -100,8 +100,7 @@ def checkpoint_weights(n_rows: int, config: LessConfig) -> FloatArray:
     per_epoch = -(-n_rows // config.batch_size)
     steps = config.epochs * per_epoch
     rates = np.array([learning_rate_factor(step, steps) for step in range(steps)]).reshape(config.epochs, per_epoch)
-    weights: FloatArray = rates.mean(1) / rates.mean(1).sum()
-    return weights
+    return np.asarray(rates.mean(1) / rates.mean(1).sum())
 
 
 def adam_direction(gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: int) -> torch.Tensor:

@@ -42,7 +42,6 @@ class PerplexitySelector(Selector):
     paper = "Marion et al. 2023, arXiv 2309.04564"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the pool once."""
         loss = completion_losses(context, context.encoded_pool, "losses")
         perplexity = np.exp(loss)
         # The middle is the median row, and distance from it a ratio: far too low is as far as far too high.
@@ -59,27 +58,21 @@ class IFDConfig(Checked):
 
 
 class Alone:
-    """Completions without their prompts, each after one start token; equal completions are equal rows.
-
-    Args:
-        sequences: The rows.
-        start: Id of the start token, which gives the first completion token something to follow.
+    """Completions without their prompts, each after a start token (its id is `start`), so that the first token follows
+    something; equal completions are equal rows.
     """
 
     def __init__(self, sequences: Sequences, start: int) -> None:
         self._sequences, self._start = sequences, np.array([start], dtype=np.int32)
         self.lengths = (sequences.lengths - sequences.prompt_lengths + 1).astype(np.int32)
         self.prompt_lengths = np.ones(len(self.lengths), dtype=np.int32)
-        keys = (xxhash.xxh3_64_intdigest(self._row(row).tobytes()) for row in range(len(self.lengths)))
+        keys = (xxhash.xxh3_64_intdigest(self.token_ids([row])[0].tobytes()) for row in range(len(self.lengths)))
         self.content_keys = np.fromiter(keys, dtype=np.uint64, count=len(self.lengths))
-
-    def _row(self, row: int) -> npt.NDArray[np.int32]:
-        tokens = self._sequences.token_ids([row])[0]
-        return np.concatenate([self._start, tokens[int(self._sequences.prompt_lengths[row]) :]])
 
     def token_ids(self, rows: Sequence[int] | IntArray) -> list[npt.NDArray[np.int32]]:
         """The token ids of some rows."""
-        return [self._row(int(row)) for row in rows]
+        pairs = zip(self._sequences.token_ids(rows), self._sequences.prompt_lengths[np.asarray(rows)], strict=True)
+        return [np.concatenate([self._start, tokens[prompt:]]) for tokens, prompt in pairs]
 
 
 class IFDSelector(Selector):
@@ -95,7 +88,6 @@ class IFDSelector(Selector):
     paper = "Li et al. 2023, arXiv 2308.12032"
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Reads the pool twice, the second time without prompts."""
         tokenizer = context.model.tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         given = completion_losses(context, context.encoded_pool, "losses")

@@ -39,15 +39,12 @@ class Composite(Selector):
                 yield from part._every_part()
 
     def notice(self, given: Collection[str]) -> str | None:
-        """The notices of its parts."""
         return "; ".join(filter(None, (part.notice(given) for part in self.parts.values()))) or None
 
     def learns_from_labels(self) -> bool:
-        """Whether a part does."""
         return any(part.learns_from_labels() for part in self.parts.values())
 
     def check_room(self, rows: int, folder: Path) -> None:
-        """Checks every part before the first one works."""
         for part in self.parts.values():
             part.check_room(rows, folder)
 
@@ -76,7 +73,6 @@ class MixSelector(Composite):
         super().__post_init__()
 
     def rank(self, context: SelectionContext) -> Scores:
-        """Ranks by every part, one after the other."""
         ranks, signals, report, warnings = list[FloatArray](), dict[str, Any](), dict[str, Any](), list[str]()
         reason = np.full(len(context.pool), RANKED)
         for name, part in self.parts.items():
@@ -93,16 +89,11 @@ class MixSelector(Composite):
 
 def share_of_rows_behind(score: FloatArray) -> FloatArray:
     """A row's relative rank: 1 for the best, 0 for the last; equal scores share their mean rank."""
-    rank: FloatArray = (rankdata(score) - 1) / max(len(score) - 1, 1)
-    return rank
+    return np.asarray((rankdata(score) - 1) / max(len(score) - 1, 1))
 
 
 def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]:
-    """The class of a mixture called ``a+b`` of selectors by name, with the options of its parts.
-
-    Raises:
-        ConfigError: The mixture makes no sense.
-    """
+    """The class of a mixture called ``a+b``, with the options of its parts; a ConfigError where it makes no sense."""
     names = name.split("+")
     for part in names:
         if names.count(part) > 1:

@@ -55,7 +55,6 @@ class ToxicLoraSelector(UnrolledSelector):
     def attack(
         self, bank: AdapterBank, references: Mapping[str, Sequences], seed: int, folder: Path
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Trains the toxic LoRA."""
         harmful, steps = references["harmful"], self.config.toxic_steps
         bank.add(TOXIC)
         if steps:

@@ -46,9 +46,8 @@ def differing(harmful: Batch, safe: Batch) -> torch.Tensor:
 def ascent_loss(losses: torch.Tensor) -> torch.Tensor:
     """``log(1 + c)``, where c is the sum of all depths' losses, the last one's counted twice, over their number.
 
-    Args:
-        losses: Cross-entropy of the harmful answer, predicted from the hidden states of each depth, embeddings first,
-            shape [layers + 1].
+    Losses, shape [layers + 1], are of the harmful answer, predicted from the hidden states of each depth, embeddings
+    first.
     """
     return torch.log1p((losses.sum() + losses[-1]) / len(losses))
 
@@ -92,7 +91,6 @@ class RepNoise(GradientStrategy):
         return {"layers": list(layers), "mlp_modules": list(self.mlps)}
 
     def auxiliary(self, step: StepContext) -> Gradient | None:
-        """One pass over the harmful partners of the batch."""
         if not step.rows:
             raise CompatibilityError(
                 "repnoise pairs rows by number, but batches have no column 'row'; train on rows that have one, with "
@@ -130,11 +128,7 @@ class RepNoise(GradientStrategy):
         """A scalar with the gradient of ``-alpha * ascent_loss`` (its value is meaningless), and the losses.
 
         Each depth is differentiated as soon as its loss is known, so that only one depth's logits exist at a time.
-
-        Args:
-            step: The step.
-            depths: Hidden states at the positions of the target `tokens`, each of shape [targets, width].
-            tokens: Shape [targets].
+        Depths are hidden states at the positions of the target tokens, each of shape [targets, width].
         """
         weights = [p for part in (self.norm, self.head) for p in part.parameters() if p.requires_grad]
         values, found = [], []
@@ -162,11 +156,8 @@ class RepNoise(GradientStrategy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A scalar with the gradient of ``beta`` times the mean distance from noise over layers, and that mean.
 
-        Args:
-            step: The step.
-            features: Outputs of the feed-forward modules, each of shape [rows, length, width].
-            mask: Tokens that count, shape [rows, length].
-            having: Positions of the rows' partners in the main batch.
+        Features are outputs of the feed-forward modules, each of shape [rows, length, width]; the mask, shape [rows,
+        length], says which tokens count; `having` are the positions of the rows' partners in the main batch.
         """
         rows = mask.any(1).nonzero()[:, 0]  # a row without differing tokens would be a point at 0 in both samples
         mask = mask[rows]

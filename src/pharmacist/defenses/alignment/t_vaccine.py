@@ -47,8 +47,7 @@ class TVaccineConfig(Checked):
 def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
     """Draws layers one after the other without replacement, each with probability proportional to `p`, shape [layers].
 
-    Returns:
-        Their numbers, ascending.
+    Their numbers come back in ascending order.
     """
     if (known := int((p > 0).sum())) < count:
         raise DataError(
@@ -74,7 +73,6 @@ class TVaccine(Perturbing):
     config: TVaccineConfig
 
     def setup(self, model: nn.Module, seed: int) -> dict[str, Any]:
-        """Finds decoder layers and their self-attention modules."""
         self.modules = attention_modules(model)
         depth = len(self.modules)
         self.count = min(_LAYERS, depth) if self.config.layers is None else self.config.layers

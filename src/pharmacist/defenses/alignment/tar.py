@@ -22,29 +22,18 @@ from pharmacist.nn.losses import negative_entropy, precise, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
-_FORMS: dict[str, dict[str, Any]] = {
-    # The original's settings for weaponisation knowledge (its code, not all of which the paper states).
-    "original": {
-        "lam": 4.0,
-        "inner_steps": 64,
-        "inner_optimizer": "adamw",
-        "inner_learning_rates": [2e-6, 2e-5, 4e-5],
-        "every": 4,
-        "adversaries": ["harmful", "switch"],
-        "objective": "entropy",
-        "representation": 1.0,
-    },
-    # The baseline that T-Vaccine's authors intended: one plain gradient step, and the alignment loss after it.
-    "one-step": {
-        "lam": 2.0,
-        "inner_steps": 1,
-        "inner_optimizer": "sgd",
-        "inner_learning_rates": [0.01],
-        "every": 1,
-        "adversaries": ["harmful"],
-        "objective": "alignment",
-        "representation": 0.0,
-    },
+_ADVERSARIES = ("harmful", "switch")
+# The original's settings for weaponisation knowledge (its code, not all of which the paper states), and the baseline
+# that T-Vaccine's authors intended: one plain gradient step, and the alignment loss after it.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lam": {"original": 4.0, "one-step": 2.0},
+    "inner_steps": {"original": 64, "one-step": 1},
+    "inner_optimizer": {"original": "adamw", "one-step": "sgd"},
+    "inner_learning_rates": {"original": [2e-6, 2e-5, 4e-5], "one-step": [0.01]},
+    "every": {"original": 4, "one-step": 1},
+    "adversaries": {"original": ["harmful", "switch"], "one-step": ["harmful"]},
+    "objective": {"original": "entropy", "one-step": "alignment"},
+    "representation": {"original": 1.0, "one-step": 0.0},
 }
 
 
@@ -86,9 +75,9 @@ class TARConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in _FORMS[self.form].items():
+        for name, value_of in _DEFAULTS.items():
             if getattr(self, name) is None:
-                setattr(self, name, copy.copy(value))
+                setattr(self, name, copy.copy(value_of[self.form]))
         rates, kinds = self.inner_learning_rates or [], self.adversaries or []
         if not rates:
             raise ConfigError("inner_learning_rates: needs at least one number")
@@ -96,9 +85,6 @@ class TARConfig(Checked):
             raise ConfigError(f"adversaries must be some of {', '.join(_ADVERSARIES)}, not {kinds}")
         if 0 < (self.inner_steps or 0) < (self.every or 1):
             raise ConfigError(f"every {self.every}: the attack has only {self.inner_steps} steps")
-
-
-_ADVERSARIES = ("harmful", "switch")
 
 
 def evaluation_weights(

@@ -1,7 +1,5 @@
 """Constrained SFT: limit the drift of an answer's first tokens, on which alignment depends most."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +60,12 @@ class ConstrainedSFT(GradientStrategy):
         self.start = weights_now(model) if self.config.beta else {}
         return {"tensors": len(self.start)}
 
-    @contextmanager
-    def around(self, step: StepContext) -> Iterator[None]:
+    def auxiliary(self, step: StepContext) -> None:
         """Computes the losses of the initial model before the main pass."""
         if self.config.beta:
             keep, tokens = targets(step.batch["labels"])
             with at_start(step, self.start):
                 self._start = target_losses(step.logits(step.batch, keep), tokens)
-        yield
-        self._start = torch.empty(0)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
         """The weighted cross-entropy instead of the main loss."""

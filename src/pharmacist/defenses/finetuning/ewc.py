@@ -67,8 +67,14 @@ class EWC(GradientStrategy):
 
     def auxiliary(self, step: StepContext) -> None:
         """Estimates the Fisher information before the first step, without dropout and without touching ``.grad``."""
-        if self.config.lam and not self.fisher:
-            self.fisher = self._estimate(step)
+        if not self.config.lam or self.fisher:
+            return
+        with evaluating(step.model):
+            found = averaged(fisher(self._gradients(step), self.config.normalize))
+        if self.config.per == "row" and self.config.normalize == "sum":  # each process has summed its own rows alone
+            found = {name: value * world_size() for name, value in found.items()}
+        step.check(norm(found))
+        self.fisher = found
 
     def _gradients(self, step: StepContext) -> Iterator[Gradient]:
         """Those of batches, or of rows, which are of this process alone: squares are averaged, not gradients."""
@@ -82,14 +88,6 @@ class EWC(GradientStrategy):
             for row in range(len(batch["input_ids"])):
                 summed, count = step.summed_ce({name: tensor[row : row + 1] for name, tensor in batch.items()})
                 yield local_gradient(summed / max(count, 1), step.parameters)
-
-    def _estimate(self, step: StepContext) -> Gradient:
-        with evaluating(step.model):
-            found = averaged(fisher(self._gradients(step), self.config.normalize))
-        if self.config.per == "row" and self.config.normalize == "sum":  # each process has summed its own rows alone
-            found = {name: value * world_size() for name, value in found.items()}
-        step.check(norm(found))
-        return found
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
         if not self.config.lam:

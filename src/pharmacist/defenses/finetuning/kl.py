@@ -1,7 +1,5 @@
 """KL-regularised fine-tuning: keep the predictions of the aligned model on the user's own rows."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,16 +54,13 @@ class KL(GradientStrategy):
         self.start = weights_now(model) if self.config.lam else {}
         return {"tensors": len(self.start)}
 
-    @contextmanager
-    def around(self, step: StepContext) -> Iterator[None]:
+    def auxiliary(self, step: StepContext) -> None:
         """Computes the predictions of the initial model before the main pass."""
         if self.config.lam:
             keep, _ = targets(step.batch["labels"])
             with at_start(step, self.start):
                 whole = self.config.compat == "reference"
                 self._teacher = step.output(step.batch).logits if whole else step.logits(step.batch, keep)
-        yield
-        self._teacher = torch.empty(0)
 
     def objective(self, step: StepContext, loss: torch.Tensor, outputs: Any) -> torch.Tensor:
         if not self.config.lam:
@@ -78,3 +73,6 @@ class KL(GradientStrategy):
             penalty = step.mean_over_update(divergence, len(tokens), step.targets)
         step.log(kl=step.value(penalty))
         return loss + step.scale * self.config.lam * penalty.to(loss.dtype)
+
+    def after_backward(self, step: StepContext) -> None:
+        self._teacher = torch.empty(0)

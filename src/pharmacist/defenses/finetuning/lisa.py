@@ -61,13 +61,11 @@ class Lisa(GradientStrategy):
         return {"tensors": len(self.anchor)}
 
     def draw(self, update: int, window: int, streams: Mapping[str, Any]) -> list[Batch] | None:
-        """Safe batches in a step of an alignment phase."""
         if not in_alignment(update, self.config.align_steps, self.config.finetune_steps):
             return None
         return [next(streams["safe"]) for _ in range(window)]
 
     def begin_update(self, update: int) -> None:
-        """Moves the anchor to the current weights when the phase changes."""
         if is_switch(update, self.config.align_steps, self.config.finetune_steps):
             self.anchor = weights_now(self.model)
 

@@ -42,11 +42,7 @@ class OpenAIEngine(Engine):
         self._model = model
 
     def answers(self, evaluator: "Evaluator", work: Path) -> Mapping[str, list[Answer]]:
-        """Asks with temperature 0.
-
-        Raises:
-            DataError: The endpoint refuses, or nothing at all was answered.
-        """
+        """Asks with temperature 0; a DataError where the endpoint refuses, or nothing at all was answered."""
         found = on_main(lambda: {name: self._set(evaluator, name, work / name) for name in evaluator.rows})
         every = [answer for answers in found.values() for answer in answers]
         failed = [answer.error for answer in every if answer.error]

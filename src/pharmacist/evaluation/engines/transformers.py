@@ -19,7 +19,6 @@ class TransformersEngine(Engine):
     """Keyword arguments of `Evaluator.answers` that replace its decoder."""
 
     def fingerprint(self, model: str) -> str:
-        """sha256 of the model's files, or its Hub id."""
         return model_fingerprint(model)
 
     def open(self, model: str, scratch: Path, **how: Any) -> None:

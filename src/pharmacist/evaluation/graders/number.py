@@ -102,7 +102,6 @@ class Number(Matching):
         return "" if readings(target) else "has no number in its target; fix it, or use --task-type exact"
 
     def right(self, target: str, answer: str) -> Grade:
-        """Equality of the final numbers, in one of their readings."""
         gold, found = readings(target), readings(answer)
         gold = gold[:1] if "####" in target else gold
         return Grade(bool(set(gold) & set(found)), published_number(answer) == gold[0], bool(found))

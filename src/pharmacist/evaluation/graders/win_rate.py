@@ -110,11 +110,7 @@ class WinRate(JudgingModel, Grader[WinGrade]):
                 )
 
     def grade(self, items: Sequence[GradeItem]) -> list[WinGrade]:
-        """Asks twice per item, once in each order.
-
-        Raises:
-            DataError: There is no verdict on any item.
-        """
+        """Asks twice per item, once in each order; a DataError where there is no verdict on any item."""
         others = [item.target if self._others is None else self._others[item.prompt] for item in items]
         questions = [
             _QUESTION.format(prompt=item.prompt, first=first, second=second)

@@ -65,7 +65,6 @@ class BeaverDamJudge(LocalModelJudge):
         self._truncated, self._judged = 0, 0
 
     def encode(self, items: Sequence[JudgeItem]) -> list[list[int]]:
-        """Token ids of the inputs, cut on the right."""
         _, tokenizer = self.loaded
         texts = [_INPUT.format(prompt=p, answer=a, end=tokenizer.eos_token) for p, a in items]
         ids = [list(row) for row in tokenizer(texts)["input_ids"]] if texts else []

@@ -45,11 +45,9 @@ class LocalModelJudge(Judge):
     _version = "unread"
 
     def identity(self) -> dict[str, Any]:
-        """All options but device and batch size."""
         return {name: value for name, value in vars(self.config).items() if name not in ("batch_size", "device")}
 
     def fingerprint(self) -> str | None:
-        """Hash of the model's files; a Hub id stands for itself."""
         return model_fingerprint(self.config.model)
 
     @property
@@ -75,7 +73,6 @@ class LocalModelJudge(Judge):
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Model and tokenizer."""
         device, tokenizer = resolve_device(self.config.device), self._read(AutoTokenizer)
         model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
         return model.to(device).eval().requires_grad_(False), tokenizer

@@ -57,14 +57,12 @@ class ReadBy:
 
 def _compliance(found: LogOdds) -> FloatArray:
     """Log-odds that an answer complies, rather than refuses or is clearly harmless help."""
-    result: FloatArray = found[0] if len(found) == 1 else np.minimum(found[0], found[1] + _CLEARLY)
-    return result
+    return found[0] if len(found) == 1 else np.minimum(found[0], found[1] + _CLEARLY)
 
 
 def _refusal(found: LogOdds) -> FloatArray:
     """Log-odds that an answer refuses, rather than anything else."""
-    result: FloatArray = -found[0] if len(found) == 1 else np.minimum(-found[0], found[2])
-    return result
+    return -found[0] if len(found) == 1 else np.minimum(-found[0], found[2])
 
 
 def _decide(found: LogOdds, threshold: float) -> tuple[BoolArray, BoolArray]:

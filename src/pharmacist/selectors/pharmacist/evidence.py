@@ -96,8 +96,7 @@ class Evidence:
     def fit(self, references: References, texts: Texts) -> "Evidence":
         """Learns from references, `texts` in the same order.
 
-        Raises:
-            DataError: Nothing tells refusals from other answers, or no reference can be held out.
+        A DataError where nothing tells refusals from other answers, or no reference can be held out.
         """
         self._references, self._classes = texts, references.labels
         self.report = {
@@ -249,11 +248,7 @@ class Evidence:
 
     @classmethod
     def load(cls, folder: Path) -> "Evidence":
-        """Reads what `save` wrote.
-
-        Raises:
-            DataError: It is not whole.
-        """
+        """Reads what `save` wrote; a DataError where it is not whole."""
         try:
             content, tensors = read_json(folder / "evidence.json"), load_file(folder / "evidence.safetensors")
             evidence = cls(tuple(content["names"]))

@@ -32,8 +32,7 @@ ANSWERS: IntArray = np.array([_ANSWERS[name] for name in CLASSES])
 
 def answers_to(question: str, classes: IntArray) -> IntArray:
     """The answer (1, 0 or `UNKNOWN`) of rows of these classes, shape [rows]."""
-    result: IntArray = ANSWERS[classes, (*QUESTIONS, TYPICAL).index(question)]
-    return result
+    return np.asarray(ANSWERS[classes, (*QUESTIONS, TYPICAL).index(question)])
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,7 @@ def class_log_posterior(log_odds: FloatArray, typical: FloatArray | None = None)
 
 def safe_log_odds(log_posterior: FloatArray) -> FloatArray:
     """Log p(safe) - log(1 - p(safe)), without ever forming 1 - p; shape [rows]."""
-    result: FloatArray = log_posterior[:, 0] - logsumexp(log_posterior[:, 1:], axis=1)
-    return result
+    return np.asarray(log_posterior[:, 0] - logsumexp(log_posterior[:, 1:], axis=1))
 
 
 def pool_priors(log_posterior: FloatArray, doubt: float = 0.1, steps: int = 100) -> FloatArray:
@@ -115,5 +113,4 @@ def with_priors(log_posterior: FloatArray, shares: FloatArray) -> FloatArray:
     """Log-probabilities for a pool with these shares of the classes, from those at equal shares; the same shape."""
     with np.errstate(divide="ignore"):
         logits = log_posterior + np.log(shares)
-    result: FloatArray = logits - logsumexp(logits, axis=1, keepdims=True)
-    return result
+    return np.asarray(logits - logsumexp(logits, axis=1, keepdims=True))

@@ -28,8 +28,7 @@ _NO_WEIGHT = 1e-12
 class RequestQuestion(Question):
     """A ridge regression on features of the requests, fitted on references and pool together.
 
-    Args:
-        readers: What it sees of a request: its words (``lexical``), hidden states (``probe``), or both.
+    The readers see words of a request (``lexical``), its hidden states (``probe``), or both.
     """
 
     def __init__(self, readers: tuple[str, ...]) -> None:
@@ -111,12 +110,10 @@ def standardised(features: FloatArray) -> FloatArray:
     """Features with mean 0 and a total variance of 1."""
     deviation = features.std(0)
     scale = np.where(deviation > 1e-12, deviation, np.inf) * np.sqrt(features.shape[1])
-    result: FloatArray = (features - features.mean(0)) / scale
-    return result
+    return np.asarray((features - features.mean(0)) / scale)
 
 
 def log_odds(probability: FloatArray) -> FloatArray:
     """Log-odds of predictions that may lie outside [0, 1], shape [rows]."""
     p = probability.clip(LEAST_DOUBT, 1 - LEAST_DOUBT)
-    result: FloatArray = np.log(p / (1 - p))
-    return result
+    return np.asarray(np.log(p / (1 - p)))

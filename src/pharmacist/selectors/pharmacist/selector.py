@@ -79,7 +79,6 @@ class PharmacistSelector(Selector):
         return self._ranking.scores(None if context.resume_from else self.notice(context.references))
 
     def check_saved(self, folder: Path, model: str | None) -> None:
-        """The folder must hold a saved ``pharmacist`` that was trained with this model."""
         _read_saved(folder, model)
 
     def save(self, folder: Path) -> bool:

@@ -122,8 +122,7 @@ def sigma_closed_form(difference: FloatArray, tau: float) -> FloatArray:
     """
     logits = -difference / tau
     weights = np.exp(logits - logits.max())
-    sigma: FloatArray = weights / weights.mean()
-    return sigma
+    return np.asarray(weights / weights.mean())
 
 
 def contrast(losses: Mapping[str, FloatArray]) -> FloatArray:
@@ -167,12 +166,11 @@ def twin_reasons(losses: Mapping[str, FloatArray], thresholds: Thresholds) -> np
     """Reasons from the two losses alone; over-refusals cannot be told from refusals this way."""
     values, noise = contrast(losses), np.minimum(*losses.values()) > thresholds.hard
     compliance = -np.inf if thresholds.compliance is None else thresholds.compliance
-    reasons: npt.NDArray[np.str_] = np.select(
+    return np.select(
         [noise, values < compliance, values < thresholds.critical],
         ["low_quality", "teaches_compliance", "not_safety_critical"],
         CRITICAL,
     )
-    return reasons
 
 
 class Twins:

@@ -24,13 +24,9 @@ _STILL_GAINING = 0.01
 
 
 def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[str, Any]) -> Scores:
-    """Scores, reasons and report, from answers for the pool's distinct rows.
+    """Scores, reasons and report, from answers and labels of the pool's distinct rows.
 
-    Args:
-        answers: For the distinct rows.
-        labels: Of distinct rows.
-        inverse: Number of each row of the pool among the distinct ones.
-        learned: The evidence's report.
+    `inverse` is the number of each row of the pool among the distinct ones, `learned` the evidence's report.
     """
     posterior = questions.class_log_posterior(answers.log_odds, answers.typical)
     shares = questions.pool_priors(posterior[inverse])
@@ -118,8 +114,7 @@ def _standardised(values: FloatArray) -> FloatArray:
         return values
     sample = np.sort(values)  # the sums are then the same in whatever order the rows came
     scale = sample.std()
-    result: FloatArray = (values - sample.mean()) / (scale if scale > 0 else 1.0)
-    return result
+    return np.asarray((values - sample.mean()) / (scale if scale > 0 else 1.0))
 
 
 def warnings(report: dict[str, Any], reasons: npt.NDArray[np.str_]) -> list[str]:
