@@ -14,7 +14,7 @@ from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.progress import bar, print_table, say
-from pharmacist.core.rundir import RunDir
+from pharmacist.core.rundir import RunDir, check_usable
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
 from pharmacist.pipeline.bench.grid import Plan, expand
@@ -57,6 +57,7 @@ def bench(options: BenchOptions) -> BenchResult:
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
     waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
     if options.dry_run:
+        check_usable(root, options)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if waiting and rank() == 0:
@@ -69,6 +70,7 @@ def bench(options: BenchOptions) -> BenchResult:
             return BenchResult(list(collect(plan)), [], root)
         ended: list[Outcome] = []
         try:
+            run.claim("stages")
             plan.write()
             with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
                 for outcome in outcomes:
