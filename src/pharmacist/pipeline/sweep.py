@@ -243,7 +243,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
             entry["steps"] = _metrics(attacked)["steps"]
             entry |= {rate: metrics[rate] for rate in RATES if rate in metrics} | {"evaluate": f"evaluate/{name}/end"}
         entries.append(entry)
-    summary = summarise(entries, _metrics(before), options.margin)
+    summary = summarise(entries, _metrics(before), options.accuracy_margin)
     with run.phase("curves"):
         summary["curves"] = _curves(sweep, attacks, summary)
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
