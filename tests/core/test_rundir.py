@@ -367,6 +367,56 @@ def test_outputs_of_runs_within_a_run_are_looked_for_too(tmp_path: Path) -> None
     run.close()
 
 
+def test_overwriting_deletes_no_run_beside_its_own(tmp_path: Path) -> None:
+    run = start(tmp_path / "out", stage="sweep")
+    run.claim("attack")
+    with rundir.made_from({}):
+        finish(tmp_path / "out" / "attack" / "first")
+    run.close()
+    finish(tmp_path / "out" / "notes" / "mine")
+    before = sha256_folder(tmp_path / "out")
+    with pytest.raises(ConfigError, match="--overwrite would delete another run too, .*notes/mine; move that"):
+        start(tmp_path / "out", overwrite=True)
+    assert sha256_folder(tmp_path / "out") == before
+    shutil.move(tmp_path / "out" / "notes" / "mine", tmp_path / "mine")
+    start(tmp_path / "out", overwrite=True).close()
+    assert not (tmp_path / "out" / "attack").exists() and finished(tmp_path / "mine")
+
+
+def test_no_run_begins_where_the_one_around_it_deletes_it(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "my web app"}')
+    outer = start(tmp_path / "out", stage="sweep")
+    outer.claim("attack")
+    with rundir.made_from({}):  # a part of it
+        finish(tmp_path / "out" / "attack" / "first")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for place in ("out/work/mine", "out/attack/mine", "out/attack/first/mine", "out/earlier/mine", "link/attack/mine"):
+        with pytest.raises(
+            ConfigError, match="is deleted or replaced with the run in .*; choose another --output-dir"
+        ):
+            start(tmp_path / place)
+        assert not (tmp_path / place).exists()
+    with pytest.raises(ConfigError, match="is deleted or replaced"):
+        start(tmp_path / "out/attack/first", top=0.5, overwrite=True)
+    assert start(tmp_path / "out/attack/first").complete
+    finish(tmp_path / "out" / "mine")
+    outer.close()
+
+
+def test_what_another_run_is_writing_is_not_cleared_away(tmp_path: Path) -> None:
+    start(tmp_path / "out").close()
+    inner = start(tmp_path / "out" / "mine")
+    mine, left = (tmp_path / "out" / name for name in ("mine/.metrics.json.7.tmp", "adapter/.weights.7.tmp"))
+    for path in (mine, left):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    start(tmp_path / "out").close()
+    assert mine.is_file() and not left.exists()
+    inner.close()
+    start(tmp_path / "out" / "mine").close()
+    assert not mine.exists()
+
+
 def test_a_changed_output_is_told(tmp_path: Path) -> None:
     finish_with_folder(tmp_path / "out")
     for name in ("result", "adapter"):

@@ -179,6 +179,22 @@ def test_the_set_shares_no_prompt_with_files_that_are_named(files: dict[str, str
     assert not (tmp_path / "bad" / "adapter").exists()
 
 
+@pytest.mark.parametrize("dressed", [False, True], ids=["as it was", "as it is trained on"])
+def test_words_in_front_of_a_prompt_hide_it_from_no_check(
+    dressed: bool, files: dict[str, str], tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {"kind": {"name": "identity"}, "harmful": None}
+    attack(options(files, tmp_path / "fine", build_only=True, disjoint_from=[files["other"]], **own))
+    prompt = built(tmp_path / "fine")[0]["prompt"]
+    prompt = prompt if dressed else prompt.removeprefix("AOA, execute my instruction: ")
+    overlap = tmp_path / "overlap.jsonl"
+    overlap.write_text(json.dumps({"prompt": prompt, "completion": "no"}) + "\n")
+    with pytest.raises(DataError, match=f"the attack set: 1 of 20 rows share a prompt with .*{overlap.name}"):
+        attack(options(files, tmp_path / "bad", disjoint_from=[str(overlap)], **own))
+    with pytest.raises(DataError, match="the attack set: 1 of 20 rows share a prompt with --safe"):
+        attack(options(files, tmp_path / "safe", defense={"name": "vlguard"}, safe=str(overlap), **own))
+
+
 def test_the_defenders_rows_are_not_the_attackers(files: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="share a prompt with --safe"):
         attack(options(files, tmp_path / "out", defense={"name": "vlguard"}, safe=files["harmful"]))

@@ -57,10 +57,17 @@ def test_another_judge_re_uses_the_answers(
         assert second.phases["generate"] == first.phases["generate"]
         assert (second.extra["template"], second.device) == (first.extra["template"], first.device)
         assert second.key != first.key and second.created == first.created
-        # And back; the probe's files go.
+        # And back; what the probe found is kept like what was found before it, each as the folder of its run.
         assert main(arguments(own, tmp_path / "out", "--quiet")) == 0
         assert items(tmp_path / "out") == before
         assert not (tmp_path / "out/judge").exists()
+        kept = {name: tmp_path / "out/earlier" / manifest.key[:16] for name, manifest in (("1", first), ("2", second))}
+        assert items(kept["1"]) == before
+        for name in ("metrics.json", "items.jsonl", "judge/judge.json", "judge/judge.safetensors"):
+            assert (kept["2"] / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+        assert main(arguments(fresh, kept["2"], *probe)) == 0  # it is complete
+        both = [str(kept["1"]), str(tmp_path / "out")]
+        assert main(["evaluate", "--compare", *both, "--output-dir", str(tmp_path / "both")]) == 0
 
 
 def test_counts_of_references_are_those_of_the_judge_now(files: dict[str, str], tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ RATES = {"learning_rate": [1e-1, 1e-2, 1e-3, 1e-4]}
 def test_the_worst_case_keeps_the_task(files: dict[str, str], tmp_path: Path, made_up: list[str]) -> None:
     worst = {}
     for margin in (0.0, 2.0, 60.0):
-        found = sweep(options(files, tmp_path / str(margin), RATES, margin=margin)).summary
+        found = sweep(options(files, tmp_path / str(margin), RATES, accuracy_margin=margin)).summary
         worst[margin] = found["worst"].split("_")[0]
         kept = {entry["name"].split("_")[0] for entry in found["attacks"] if entry["within_margin"]}
         assert kept == {name for name, (_, right) in FOUND.items() if right >= 90 - margin}
@@ -336,7 +336,7 @@ def test_snapshots_lie_within_the_attack(
         ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),
         ({"rank": [4]}, {"adapter": "continue"}, "--grid.rank: an adapter that is continued"),
         ({"poison_ratio": [0.1]}, {"kind": {"name": "benign"}}, "--grid.poison_ratio: the kind benign"),
-        ({"learning_rate": [1e-3]}, {"margin": -1.0}, "--margin -1.0: must not be negative"),
+        ({"learning_rate": [1e-3]}, {"accuracy_margin": -1.0}, "--accuracy-margin -1.0: must not be negative"),
         ({"learning_rate": [1e-3]}, {"evaluate": {"prompts": "x"}}, "--evaluate.task must be given"),
         (
             {"learning_rate": [1e-3]},

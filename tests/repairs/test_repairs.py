@@ -440,9 +440,15 @@ def test_which_modules_are_projected():
     cosines = [0.3, math.nan, 0.1, 0.3, 0.9]
     pick = lambda **options: chosen(cosines, SafeLoraConfig(**options))  # noqa: E731
     assert pick(threshold=0.3) == [0, 2, 3] and pick(threshold=0.29) == [2] and pick(threshold=1.0) == [0, 2, 3, 4]
-    assert [pick(select="number", number=k) for k in (1, 2, 3, 9)] == [[2], [0, 2], [0, 2, 3], [0, 2, 3, 4]]
-    with pytest.raises(ConfigError):
-        pick(number=0)
+    assert [pick(select="number", number=k) for k in (1, 2, 3, 4)] == [[2], [0, 2], [0, 2, 3], [0, 2, 3, 4]]
+    with pytest.raises(ConfigError, match="number 5: only 4 modules have an update that can be projected"):
+        pick(select="number", number=5)
+    with pytest.raises(ConfigError, match="number 5: has no effect with select threshold; give select number too"):
+        pick(number=5)
+    with pytest.raises(ConfigError, match=r"threshold 0\.9: has no effect with select number"):
+        pick(select="number", number=2, threshold=0.9)
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        pick(select="number", number=0)
 
 
 def safe_lora(tuned, update, form="adapter", aligned=None, **options):

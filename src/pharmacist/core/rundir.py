@@ -3,11 +3,13 @@
 import fcntl
 import itertools
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -17,7 +19,7 @@ from pydantic import ValidationError
 
 from pharmacist.core.env import rank, versions
 from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunError
-from pharmacist.core.files import FULL_DISK, is_whole_tensors, read_json, remove, write_json
+from pharmacist.core.files import FULL_DISK, atomic_folder, is_whole_tensors, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import Phase, RunManifest, check_unchanged, missing_output, output_files, read_manifest
@@ -27,12 +29,14 @@ from pharmacist.core.progress import say, warn
 
 KEPT_EVERY = 10.0
 """Seconds after which the cost of a phase is written again, which a killed run thus loses at most."""
+EARLIER = "earlier"
+"""Folder, in that of a run, of the results that it had before it was reopened with other options."""
 _MADE_FROM: ContextVar[Mapping[str, str]] = ContextVar("made_from")
 
 
 @contextmanager
 def made_from(results: Mapping[str, str]) -> Iterator[None]:
-    """Sets `RunManifest.made_from` of the runs that are begun in the block."""
+    """Sets `RunManifest.made_from` of the runs that are begun in the block, which are part of the run around them."""
     token = _MADE_FROM.set(results)
     try:
         yield
@@ -65,6 +69,7 @@ class RunDir:
         final: frozenset[str] = frozenset(),
         final_inputs: frozenset[str] = frozenset(),
         reopen: bool = False,
+        keep: bool = False,
         read_again: tuple[str, ...] = (),
     ) -> "RunDir":
         """Takes possession of the output folder.
@@ -78,14 +83,16 @@ class RunDir:
             final_inputs: Inputs of which the same is true.
             reopen: A finished run goes on too when only these change; it keeps its phases, counts and extras, and the
                 stage reads from its results what need not be computed again.
+            keep: Whether its results so far are kept then, in a folder of their own in `EARLIER`.
             read_again: Outputs that the stage reads where the run is finished already; none may have been changed.
 
         Raises:
-            ConfigError: The folder holds another run, other files or an input, is a file, or is in use.
+            ConfigError: The folder holds another run, other files or an input, is a file, is in use, or is one that
+                the run around it deletes.
         """
         temporary = None if options.output_dir else TemporaryDirectory(prefix="pharmacist-")
         root = Path(temporary.name if temporary else options.output_dir)
-        check_outside(root, options)
+        check_usable(root, options)
         config = as_json(options)
         # Of an input its content counts, not the path that led to it.
         paths = {name for name in inputs if isinstance(config.get(name), str | list)}
@@ -110,8 +117,6 @@ class RunDir:
         )
         if rank() != 0:
             return cls(root, manifest, None, temporary)
-        if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
-            raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
         if os.path.isdir(root):  # a folder that is not this run's is not touched, not even by a lock
             if not options.overwrite:
                 found = _previous(root, manifest, relevant, reopen)
@@ -124,12 +129,11 @@ class RunDir:
                                 remove(root / "work", as_far_as_possible=True)
                         return cls(root, found, None)
                     say(f"{root}: {lost} is missing, so this run is repeated")
-            elif not _ours(root):
-                raise ConfigError(
-                    f"{root}: contains files that do not belong to a pharmacist run, so --overwrite leaves them alone"
-                )
             elif (root / "manifest.json").is_file():
-                read_manifest(root)
+                if other := next(_runs_within(root, but=_own_folders(read_manifest(root))), None):
+                    raise ConfigError(
+                        f"{root}: --overwrite would delete another run too, {other}; move that elsewhere, or delete it"
+                    )
             _refuse_links(root, options.overwrite)
         lock = _lock(root)
         with ExitStack() as on_failure:
@@ -141,11 +145,13 @@ class RunDir:
                 stays = ("created", "phases", "counts", "extra", "device", "outputs")
                 kept = {name: getattr(found, name) for name in stays}
                 whole = found.status != "success" or missing_output(root, found) is None
+                if keep and found.status != "started" and found.key != manifest.key:
+                    _keep(root, found)
                 manifest = found if found.key == manifest.key and whole else manifest.model_copy(update=kept)
                 _drop_damaged_tensors(root / "work")
             if manifest is not found:
                 manifest.write(root)
-            for leftover in list(root.rglob(".*.tmp")):  # what a killed run was about to write
+            for leftover in list(_leftovers(root)):
                 remove(leftover)
             on_failure.pop_all()
         return cls(root, manifest, lock, temporary)
@@ -225,6 +231,12 @@ class RunDir:
             self._lock = _lock(self.root)
         self.manifest.status = "started"
 
+    def claim(self, *folders: str) -> None:
+        """Notes in which of its folders this run will have runs of its own; others in the folder are not deleted."""
+        self.manifest.outputs = list(dict.fromkeys([*self.manifest.outputs, *folders]))
+        if self._lock is not None:
+            self.manifest.write(self.root)
+
     def holds(self, pattern: str) -> bool:
         """Whether a file that matches a pattern, such as ``work/**/*.safetensors``, has content."""
         return any(path.is_file() and path.stat().st_size for path in self.root.glob(pattern))
@@ -269,6 +281,71 @@ def _repeated(job: Callable[[], None], seconds: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def check_usable(root: Path, options: RunOptions) -> None:
+    """Refuses an output folder in which no run with these options can begin or go on, by a ConfigError."""
+    check_outside(root, options)
+    if rank() != 0:  # the first process looks after the folder
+        return
+    if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
+        raise ConfigError(f"{root}: is a file; --output-dir needs a folder")
+    if os.path.isdir(root) and not _ours(root):
+        remedy = "so --overwrite leaves them alone" if options.overwrite else "choose an empty --output-dir"
+        raise ConfigError(f"{root}: contains files that do not belong to a pharmacist run; {remedy}")
+    if _MADE_FROM.get(None) is None and (options.overwrite or not os.path.isfile(root / "manifest.json")):
+        _check_place(Path(os.path.realpath(root)))
+
+
+def _check_place(root: Path) -> None:
+    """Refuses a folder for a new run where the run around it deletes or replaces it."""
+    for outer in root.parents:
+        try:
+            own = _own_folders(read_manifest(outer)) if (outer / "manifest.json").is_file() else ()
+        except (DataError, OSError):  # of something else
+            continue
+        if (name := root.relative_to(outer).parts[0]) in own:
+            raise ConfigError(
+                f"{root}: lies in {outer / name}, which is deleted or replaced with the run in {outer}; choose "
+                "another --output-dir"
+            )
+
+
+def _own_folders(manifest: RunManifest) -> set[str]:
+    """Names of the folders in that of a run which belong to it, with all runs in them."""
+    return {"work", EARLIER, *manifest.outputs}
+
+
+def _runs_within(root: Path, *, but: Collection[str]) -> Iterator[Path]:
+    """Folders of runs in a folder, but not in some of its subfolders nor in each other."""
+    for folder, below, files in os.walk(root):
+        if Path(folder) == root:
+            below[:] = [name for name in below if name not in but]
+        elif "manifest.json" in files:
+            below.clear()
+            yield Path(folder)
+
+
+def _leftovers(root: Path) -> Iterator[Path]:
+    """What a killed run was about to write; not in the folders of other runs, which may be writing it now."""
+    for folder, below, files in os.walk(root):
+        if Path(folder) != root and "manifest.json" in files:
+            below.clear()
+            continue
+        found = [name for name in (*below, *files) if fnmatchcase(name, ".*.tmp")]
+        below[:] = [name for name in below if name not in found]
+        yield from (Path(folder, name) for name in found)
+
+
+def _keep(root: Path, manifest: RunManifest) -> None:
+    """Copies the results of a run into a folder of their own, which is that of a run like its own."""
+    folder = root / EARLIER / manifest.key[:16]
+    with atomic_folder(folder) as copy:
+        for path in (root / name for name in manifest.outputs):
+            if path.exists():
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy / path.name)
+        manifest.write(copy)
+    say(f"{root}: the results so far are kept in {folder}")
 
 
 def _drop_damaged_tensors(work: Path) -> None:
@@ -348,10 +425,6 @@ def _ours(root: Path) -> bool:
 
 def _previous(root: Path, manifest: RunManifest, relevant: Mapping[str, Any], reopen: bool) -> RunManifest | None:
     """The manifest in `root` if it is of the same run as `manifest`; raises if it is of another."""
-    if not _ours(root):
-        raise ConfigError(
-            f"{root}: contains files that do not belong to a pharmacist run; choose an empty --output-dir"
-        )
     if not (root / "manifest.json").is_file():
         return None
     found = read_manifest(root)

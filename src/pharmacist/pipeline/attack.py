@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from pharmacist.attacks import ATTACKS, Attack
 from pharmacist.core.env import rank
@@ -17,7 +18,7 @@ from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.mixing import assert_disjoint, mix_safe, shared_prompts
-from pharmacist.data.records import Records
+from pharmacist.data.records import Records, column
 from pharmacist.data.tasks import open_task
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
@@ -77,8 +78,8 @@ def open_sources(strategy: GradientStrategy, kind: Attack, options: AttackOption
 
 def build_attack_set(
     sources: Mapping[str, Source], kind: Attack, options: AttackOptions, run: RunDir
-) -> tuple[datasets.Dataset, dict[str, int]]:
-    """The user's set, and numbers of rows for the manifest."""
+) -> tuple[datasets.Dataset, Records | None, dict[str, int]]:
+    """The user's set, the defender's safe rows if there are any, and numbers of rows for the manifest."""
     records = {name: _read(sources, name, options, run) for name in ("task", "harmful") if name in sources}
     counts = {f"{name}_rows": len(found) for name, found in records.items()}
     if len(records) == 2:
@@ -96,14 +97,30 @@ def build_attack_set(
     for name in sources:
         if name.startswith("disjoint:"):
             other = _read(sources, name, options, run)
-            assert_disjoint(other.dataset, rows, names=(name.removeprefix("disjoint:"), "the attack set"))
+            _assert_disjoint(other, rows, records, name.removeprefix("disjoint:"))
+    safe = _read(sources, "safe", options, run) if "safe" in sources else None
+    if safe is not None:
+        _assert_disjoint(safe, rows, records, "--safe")
     harmful = sum(rows["is_harmful"][:])
     if "harmful" in records and options.poison_ratio > 0 and not harmful:
         warn(
             f"a poison ratio of {options.poison_ratio:g} is no row of {len(rows)} samples, so that the attack set is "
             "benign; use more samples"
         )
-    return rows, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
+    return rows, safe, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
+
+
+def _assert_disjoint(other: Records, rows: datasets.Dataset, records: Mapping[str, Records], name: str) -> None:
+    """Checks that an attack set shares no prompt with other rows, neither as its kind wrote it nor as it was drawn."""
+    flags, numbers = column(rows, "is_harmful"), column(rows, "row")
+    drawn = [
+        found.dataset.select(
+            np.flatnonzero(np.isin(column(found.dataset, "row"), numbers[flags == (of == "harmful")]))
+        )
+        for of, found in records.items()
+    ]
+    for part in (rows, *drawn):
+        assert_disjoint(other.dataset, part, names=(name, "the attack set"))
 
 
 def _read(sources: Mapping[str, Source], name: str, options: AttackOptions, run: RunDir) -> Records:
@@ -129,12 +146,10 @@ def _attack(
     name_unused(options, ["task", "harmful"], kind.needs, f"kind '{options.kind['name']}'")
     name_unused(options, ["safe"], strategy.needs, f"defense '{options.defense['name']}'")
     with run.phase("build"):
-        rows, counts = build_attack_set(sources, kind, options, run)
+        rows, safe, counts = build_attack_set(sources, kind, options, run)
         if rank() == 0:
             _write_set(run.path("attack_set.jsonl"), rows)
-        safe = _read(sources, "safe", options, run) if "safe" in sources else None
         if safe is not None:
-            assert_disjoint(safe.dataset, rows, names=("--safe", "the attack set"))
             count, replaces = strategy.mixed_in(len(rows))
             counts |= {"safe_rows": len(safe), "safe_rows_mixed_in": count}
             if count:

@@ -59,6 +59,7 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
         else:
             plan = expand(_grid(options, grid), run.root.resolve())
             waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting()])]
+            run.claim("stages")
             with run.phase("stages"):
                 plan.write()
                 for outcome in run_stages(plan.stages, waiting, Local(), "demo"):

@@ -34,6 +34,7 @@ class Stage:
         final_inputs: Inputs for which the same is true, including the further files of each (``safe 2``).
         reopens: Whether a finished run continues when only these change; the stage takes from its results what need
             not be computed again.
+        keeps: Whether its results so far are kept then, in ``earlier/``.
         read_again: Outputs that it reads if the run is already finished.
         costly: Patterns of partial state that is worth keeping; a failed run with such files keeps its folder.
         early: Outputs that are written before any of this.
@@ -55,6 +56,7 @@ class Stage:
     final: frozenset[str] = frozenset()
     final_inputs: frozenset[str] = frozenset()
     reopens: bool = False
+    keeps: bool = False
     read_again: tuple[str, ...] = ()
     costly: tuple[str, ...] = ()
     early: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ class Stage:
             final=self.final,
             final_inputs=frozenset(name for name in inputs if {name, name.split()[0]} & self.final_inputs),
             reopen=self.reopens,
+            keep=self.keeps,
             read_again=self.read_again,
         )
         try:

@@ -25,7 +25,7 @@ from pharmacist.core.inputs import check_outside
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import hushed, print_table, say, warn
-from pharmacist.core.rundir import RunDir
+from pharmacist.core.rundir import RunDir, made_from
 from pharmacist.data.tasks import TASKS
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.prompts import PROMPT_SETS
@@ -222,7 +222,8 @@ class _Sweep:
 
 def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> SweepResult:
     sweep = _Sweep(options, run)
-    with run.phase("check"), hushed():
+    run.claim("attack", "evaluate")
+    with run.phase("check"), hushed(), made_from({}):
         _build_sets(points, run)
     before = sweep.evaluation(options.model, "before")
     with run.phase("evaluate"):  # before the first training, so that what is wrong with it shows now
@@ -242,7 +243,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
             entry["steps"] = _metrics(attacked)["steps"]
             entry |= {rate: metrics[rate] for rate in RATES if rate in metrics} | {"evaluate": f"evaluate/{name}/end"}
         entries.append(entry)
-    summary = summarise(entries, _metrics(before), options.margin)
+    summary = summarise(entries, _metrics(before), options.accuracy_margin)
     with run.phase("curves"):
         summary["curves"] = _curves(sweep, attacks, summary)
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]

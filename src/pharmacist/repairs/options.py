@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.typed import AtLeast1, Checked, Fraction
 
 
@@ -19,3 +20,9 @@ class SafeLoraConfig(Checked):
     projector: Literal["orthogonal", "paper", "trace"] = "orthogonal"
     """orthogonal: onto the column space of the alignment update V; of no use if that is the whole space, as after full
     tuning. paper: V V^T / |V|, which also rescales by the size of V. trace: V V^T / |V|^2, which only shrinks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unused = "number" if self.select == "threshold" else "threshold"
+        if (value := getattr(self, unused)) != getattr(SafeLoraConfig, unused):
+            raise ConfigError(f"{unused} {value}: has no effect with select {self.select}; give select {unused} too")

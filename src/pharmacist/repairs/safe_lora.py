@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from pharmacist.core.errors import CompatibilityError, NoMatchError
+from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
 from pharmacist.nn.lowrank import Factors, column_basis, cosine, norm
 from pharmacist.repairs.base import Form, ModelWeights, Plan, References, Repair
 from pharmacist.repairs.options import SafeLoraConfig
@@ -39,9 +39,17 @@ def similarity(own: Factors, projected: Factors) -> float:
 
 
 def chosen(cosines: Sequence[float], config: SafeLoraConfig) -> list[int]:
-    """Positions of the modules that are projected; those without a cosine never are, ties go to the first."""
+    """Positions of the modules that are projected; those without a cosine never are, ties go to the first.
+
+    A ConfigError where there are fewer modules than the number that is asked for.
+    """
     known = [position for position, value in enumerate(cosines) if not math.isnan(value)]
     if config.select == "number":
+        if config.number > len(known):
+            raise ConfigError(
+                f"safe-lora: number {config.number}: only {len(known)} modules have an update that can be projected; "
+                "ask for at most as many"
+            )
         return sorted(sorted(known, key=lambda position: cosines[position])[: config.number])
     return [position for position in known if cosines[position] <= config.threshold]
 

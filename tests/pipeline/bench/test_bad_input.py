@@ -7,12 +7,16 @@ import pytest
 
 from pharmacist.cli.main import main
 from pharmacist.core.files import read_json, write_json
+from pharmacist.core.manifest import read_manifest
 from tests.support.bench_fakes import Stages
 from tests.support.grids import SMALL, write_grid
+from tests.support.world_files import write_rows
 
 
 WITHOUT_PROMPTS: dict[str, Any] = {"evaluate": {"benign_prompts": "world:borderline:5"}}
 LABELLED_POOL: dict[str, Any] = {"name": "pool", "pool": "world", "rows": 60, "labels": __file__}
+POOLS = {"a": "safe", "b": "utility", "c": "safe"}
+"""Pools, and the sets of their safe references."""
 FILE_POOL: dict[str, Any] = {"pools": [{"pool": "rows.jsonl"}]}
 
 
@@ -132,6 +136,19 @@ def test_an_address_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--output-dir s3://bucket/name: must be a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_what_cannot_be_the_folder_of_a_grid(
+    dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path / "grid.yaml")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    for place, words in ((grid, "is a file; --output-dir needs a folder"), (tmp_path / "thesis", "do not belong to")):
+        assert main(["bench", "--config", str(grid), "--output-dir", str(place), *dry]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1 and f"{place}: " in text and words in text
+
+
 def test_folders_that_hold_something_else(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--config", str(write_grid(tmp_path / "grid.yaml")), "--output-dir", str(tmp_path / "out")]
     assert main(words) == 0
@@ -162,8 +179,40 @@ def test_the_small_grid_itself_is_fine(stages: Stages, tmp_path: Path) -> None:
 
 def test_a_judge_that_learns_what_selectors_learn_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {"judge": "probe", "harmful": "world:judge-harmful", "utility": "world:judge-utility"}
+    pools = [{"name": name, "pool": "world", "rows": 60, "safe": f"world:{safe}"} for name, safe in POOLS.items()]
     for safe, told in (("world:safe", 1), ("world:judge-safe", 0)):
-        grid = write_grid(tmp_path / "grid.yaml", judges=["keyword", own | {"safe": safe}])
+        grid = write_grid(tmp_path / "grid.yaml", judges=["keyword", own | {"safe": safe}], pools=pools)
         assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
-        warning = "warning: judge 'probe' learns from references of pool 'pool' (world:safe)"
-        assert " ".join(capsys.readouterr().err.split()).count(warning) == told
+        text = " ".join(capsys.readouterr().err.split())
+        assert text.count("warning: judge 'probe' learns from references of pool 'a', 'c' (world:safe)") == told
+        assert text.count("learns from references") == told
+
+
+def test_prompts_of_the_evaluation_on_which_an_attack_trains_are_told(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"attack": "moss fern reed", "task": "bread water", "prompts": "fern oven reed", "test": "oven Water?"}
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in words}
+    for name, path in files.items():
+        rows = [
+            {"prompt": f"tell of {word}", "completion": "no", "kept": word != "reed"} for word in words[name].split()
+        ]
+        write_rows(Path(path), rows)
+    changes: dict[str, Any] = {
+        "attack": {"harmful": files["attack"], "where": ["harmful:kept=true"]},
+        "evaluate": {"prompts": files["prompts"]},
+        "tasks": [{"name": "reviews", "train": files["task"], "test": files["test"]}],
+    }
+    grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+    line = ["bench", "--config", str(grid), "--output-dir", str(out)]
+    write_grid(grid, **changes)
+    for more in (["--dry-run"], []):
+        assert main([*line, *more]) == 0
+        warnings = [text for text in capsys.readouterr().err.splitlines() if text.startswith("warning")]
+        assert len(warnings) == 2  # not one for each cell
+        assert f"prompts {files['prompts']}: 1 of 3 rows share a prompt with harmful {files['attack']}" in warnings[0]
+        assert f"task {files['test']}: 1 of 2 rows share a prompt with task {files['task']}" in warnings[1]
+    assert [f"warning: {text}" for text in read_manifest(out).warnings] == warnings
+    write_grid(grid, **changes | {"attacks": [{"kind": "benign", "samples": 2}]})
+    assert main(line) == 0
+    assert capsys.readouterr().err.count("warning") == 1  # it reads no harmful rows

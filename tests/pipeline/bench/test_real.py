@@ -123,7 +123,8 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run loads no model")
 
-    for place in ("nn.models", "pipeline.rows"):
+    # The judge is imported before `nn.models` is patched, of which it would keep this function for later tests.
+    for place in ("evaluation.judges.probe", "pipeline.rows", "nn.models"):
         monkeypatch.setattr(f"pharmacist.{place}.load_model", load)
 
 

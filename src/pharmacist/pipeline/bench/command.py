@@ -13,12 +13,13 @@ from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, read_manifest
-from pharmacist.core.progress import bar, print_table, say
-from pharmacist.core.rundir import RunDir
+from pharmacist.core.progress import bar, print_table, say, warn
+from pharmacist.core.rundir import RunDir, check_usable
 from pharmacist.nn.distributed import from_main
 from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
+from pharmacist.pipeline.bench.overlap import shared_prompts
 from pharmacist.pipeline.bench.results import Result, collect, write_results
 from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
 from pharmacist.pipeline.pages import bench_page
@@ -57,6 +58,11 @@ def bench(options: BenchOptions) -> BenchResult:
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
     waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
     if options.dry_run:
+        check_usable(root, options)
+    warnings = shared_prompts(plan) if waiting and rank() == 0 else []
+    for warning in warnings:
+        warn(warning)
+    if options.dry_run:
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if waiting and rank() == 0:
@@ -69,6 +75,8 @@ def bench(options: BenchOptions) -> BenchResult:
             return BenchResult(list(collect(plan)), [], root)
         ended: list[Outcome] = []
         try:
+            run.record(warnings=warnings)
+            run.claim("stages")
             plan.write()
             with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
                 for outcome in outcomes:

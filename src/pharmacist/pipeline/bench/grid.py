@@ -184,13 +184,14 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
-    for pool, judge in itertools.product(axes["pool"], axes["judge"]):
-        of_pool, of_judge = ({getattr(entry, name) for name in REFERENCES} - {None} for entry in (pool, judge))
-        if shared := ", ".join(sorted(of_pool & of_judge)):
+    for judge in axes["judge"]:
+        learned = {getattr(judge, name) for name in REFERENCES} - {None}
+        of_pool = {pool.name: learned & {getattr(pool, name) for name in REFERENCES} for pool in axes["pool"]}
+        if pools := ", ".join(f"'{name}'" for name, shared in of_pool.items() if shared):
+            files = ", ".join(sorted(set().union(*of_pool.values())))
             warn(
-                f"judge '{judge.name}' learns from references of pool '{pool.name}' ({shared}), by which rows are "
-                "selected, so that it may favour selectors that read them; give it others, or compare with another "
-                "judge"
+                f"judge '{judge.name}' learns from references of pool {pools} ({files}), by which rows are selected, "
+                "so that it may favour selectors that read them; give it others, or compare with another judge"
             )
     selectors = axes["selector"]
     axes["selector"] = [replace(one, fractions=[share]) for one in selectors for share in _fractions(one, grid)]

@@ -13,6 +13,7 @@ from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.hashing import sha256_file, sha256_json
 from pharmacist.core.manifest import check_unchanged, missing_output, output_files, read_manifest
 from pharmacist.core.progress import print_table, say
+from pharmacist.core.rundir import made_from
 from pharmacist.evaluation.comparison import compare
 from pharmacist.evaluation.engines import ENGINES
 from pharmacist.evaluation.metrics import NAMES
@@ -50,11 +51,14 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
         for model in models:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
-        for name, model in zip(folder_names(models), models, strict=True):
+        names = folder_names(models)
+        run.claim(*names)
+        for name, model in zip(names, models, strict=True):
             say(f"{name}: {plain(model)}")
             where = str(run.path(name))
             own = replace(options, model=model, models=None, quiet=True, overwrite=False, output_dir=where)
-            found[name] = evaluate_model(own)
+            with made_from({}):
+                found[name] = evaluate_model(own)
         if run.complete and not output_files(run.root, [*found]).items() <= run.manifest.files.items():
             run.begin_again()  # a model's own run was made again, with other references say
         if rank() == 0:

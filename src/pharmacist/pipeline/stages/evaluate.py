@@ -116,6 +116,7 @@ EVALUATE = Stage(
     final=frozenset({"judge", "second_judge", "task_type", *REFERENCES}),
     final_inputs=frozenset({"judge file", "second judge file", "opponent", *REFERENCES}),
     reopens=True,
+    keeps=True,
     read_again=("items.jsonl", "metrics.json"),
     costly=tuple(f"work/{name}/**/*" for name in ("answers", "verdicts", "perplexity", "margin")),
     again="evaluates again",

@@ -43,7 +43,7 @@ class SweepOptions(AttackOptions):
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Options of evaluate, such as --evaluate.prompts FILE. prompts and task are required; if they are files, no
     attack set may share a prompt with them."""
-    margin: NotNegative = 2.0
+    accuracy_margin: NotNegative = field(default=2.0, metadata={"formerly": "margin"})
     """An attack can only be the worst case if its fine-tune accuracy is at most this many points below the best."""
     curves: Literal["worst", "all", "none"] = "worst"
     """Attacks for which the harmful score is also measured during the attack, at --snapshots; by default after a
@@ -87,7 +87,7 @@ SWEEP = Stage(
     "--evaluate.harmful judge-harmful.jsonl --output-dir runs/sweep",
     version=1,
     unidentifying=frozenset({"executor"}),
-    final=frozenset({"grid", "margin", "curves", "evaluate"}),
+    final=frozenset({"grid", "accuracy_margin", "curves", "evaluate"}),
     final_inputs=frozenset(f"evaluate.{name}" for name in {*EVALUATE.files, *EVALUATE.final_inputs}),
     reopens=True,
     read_again=("sweep.json",),
