@@ -36,7 +36,7 @@ class Options:
     """Where it goes."""
     stirs: int = 1
     """How often to stir."""
-    heat: float | None = field(default=None, metadata={"formerly": "fire"})
+    heat: float | None = None
     """How hot."""
     quiet: bool = False
     """Say nothing."""
@@ -76,8 +76,6 @@ def read(*words: str, yaml: str | None = None, tmp_path: Path | None = None, req
         (["--heat", "1E3"], "heat", 1000.0),
         (["--heat", "7"], "heat", 7.0),
         (["--heat", "null"], "heat", None),
-        (["--fire", "7"], "heat", 7.0),
-        (["--fire", "7", "--heat", "8"], "heat", 8.0),
         (["--quiet"], "quiet", True),
         (["--no-lid"], "lid", False),
         (["--lid"], "lid", True),
@@ -118,7 +116,6 @@ def test_the_line(words: list[str], name: str, value: object) -> None:
         ("heat: 5e-4", "heat", 5e-4),
         ("heat: 5.0e-4", "heat", 5e-4),
         ("heat: null", "heat", None),
-        ("fire: 5", "heat", 5.0),
         ("quiet: true", "quiet", True),
         ("lid: false", "lid", False),
         ("kind: thin", "kind", "thin"),
@@ -251,7 +248,6 @@ def test_a_bad_line(words: list[str], message: str) -> None:
         ("stirs: 1\nstirs: 2", "not valid YAML (the key 'stirs' is given twice"),
         ("inner: {r: 1, rate: 2, r: 3}", "the key 'r' is given twice"),
         ("output-dir: a\noutput_dir: b", "the key 'output_dir' is given twice, once with a hyphen"),
-        ("heat: 1\nfire: 2", "the key 'heat' is given twice, once with a hyphen or by its former name"),
         ("inner: {na-mes: [a], na_mes: [b]}", "the key 'inner.na_mes' is given twice, once with a hyphen"),
         (
             "selector: {name: seal, inner-steps: 1, inner_steps: 2}",

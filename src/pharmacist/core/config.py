@@ -3,8 +3,7 @@
 Every option is declared once, as a typed dataclass field with a docstring below it. Three kinds of field:
 plain ones become ``--name-with-hyphens``; a field that is itself a dataclass, or a plain ``dict``, becomes dotted
 options (``--lora.r 8``, ``--train.max_steps 20``); a `method` field names a registered method, whose own options
-follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes the first word where that is no option;
-one with ``formerly`` is also known by that name.
+follow as ``--selector.gamma 0.5``. The field with the metadata ``first`` takes the first word where that is no option.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
-from types import MappingProxyType, NoneType
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -56,11 +55,6 @@ def registry_of(item: "Field[Any]") -> Registry[Any]:
 def method_fields(options: type[Any]) -> dict[str, "Field[Any]"]:
     """The `method` fields of an options dataclass."""
     return {item.name: item for item in fields(options) if "registry" in item.metadata}
-
-
-def _former(options: Any) -> dict[str, str]:
-    """Former name of a field -> its name."""
-    return {item.metadata["formerly"]: item.name for item in fields(options) if "formerly" in item.metadata}
 
 
 @cache
@@ -277,7 +271,6 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
         arguments = [f"--{leading[0]}", *arguments]
     methods, found, words = method_fields(options), dict[str, list[list[str]]](), None
     short = {name: f"{of}.{name}" for of, item in methods.items() for name in item.metadata["short"]}
-    short |= _former(options)
     for word in arguments:
         if word in ("-h", "--help"):
             found["help"] = []
@@ -296,7 +289,7 @@ def _line(options: type[Any], arguments: Sequence[str]) -> dict[str, list[list[s
 
 def _parsed(options: Any, config: dict[str, Any], where: str, line: Line, prog: str, example: str) -> Any:
     """Options from keys and values and from a command line, which wins."""
-    config = underscored(config, where, former=_former(options))
+    config = underscored(config, where)
     chosen = _chosen_methods(options, config, where, line)
     table = _table(options, tuple(chosen.items()))
     if "help" in line:
@@ -316,16 +309,11 @@ def _parsed(options: Any, config: dict[str, Any], where: str, line: Line, prog: 
     return _built(options, tree)
 
 
-def underscored(
-    config: Mapping[str, Any], where: str, prefix: str = "", former: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Any]:
-    """Keys and values of a file, with `prefix`, without hyphens and `former` names; a ConfigError where one is given
-    twice.
-    """
+def underscored(config: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Keys and values of a file, with `prefix` and without hyphens; a ConfigError where one is given twice."""
     keys = [prefix + str(key).replace("-", "_") for key in config]
-    keys = [former.get(key, key) for key in keys]
     if twice := _repeated(keys):
-        raise ConfigError(f"{where}: the key '{twice}' is given twice, once with a hyphen or by its former name")
+        raise ConfigError(f"{where}: the key '{twice}' is given twice, once with a hyphen")
     return dict(zip(keys, config.values(), strict=True))
 
 

@@ -43,7 +43,7 @@ class SweepOptions(AttackOptions):
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Options of evaluate, such as --evaluate.prompts FILE. prompts and task are required; if they are files, no
     attack set may share a prompt with them."""
-    accuracy_margin: NotNegative = field(default=2.0, metadata={"formerly": "margin"})
+    accuracy_margin: NotNegative = 2.0
     """An attack can only be the worst case if its fine-tune accuracy is at most this many points below the best."""
     curves: Literal["worst", "all", "none"] = "worst"
     """Attacks for which the harmful score is also measured during the attack, at --snapshots; by default after a
