@@ -27,7 +27,8 @@ longer than --longest characters. No prompt of it, of the references or of the a
 Writes pool.jsonl, labels.json (as `curate --labels` reads it), rows.json (labels as people gave them), clean.jsonl,
 safe.jsonl, harmful.jsonl, utility.jsonl, attack.jsonl, judge-safe.jsonl, judge-harmful.jsonl, judge-utility.jsonl,
 prompts.jsonl (risky), benign-prompts.jsonl (look unsafe), margin.jsonl (prompt, chosen refusal, rejected harmful
-answer), sst2.jsonl, sst2-test.jsonl, agnews.jsonl, agnews-test.jsonl and sources.json. Some of these rows are harmful: research material, not advice.
+answer), sst2.jsonl, sst2-test.jsonl, agnews.jsonl, agnews-test.jsonl and sources.json. Some of these rows are harmful:
+research material, not advice.
 """
 
 import argparse
@@ -72,7 +73,8 @@ DEFAULTS = {
 """Name -> set of references.py, and what of it."""
 SIZES = {"safe": 128, "harmful": 60, "utility": 100, "attack": 40, "clean": 0}
 JUDGE = "judge-"
-SIZES |= {f"{JUDGE}{name}": SIZES[name] for name in ("safe", "harmful", "utility")}  # last: the others stay as they were
+# Drawn last, so that all others are the same as without them.
+SIZES |= {f"{JUDGE}{name}": SIZES[name] for name in ("safe", "harmful", "utility")}
 PROMPTS, BENIGN, PAIRS, TRAIN, TEST, LONGEST = 60, 40, 36, 400, 80, 1200
 TASK_LONGEST = 600
 """Most characters of a task's prompt: a longer one can fill all 200 tokens of a row in the grid, which is refused."""
