@@ -4,9 +4,9 @@
     python benchmarks/real_model.py ... --run DIR --page FOLDER --arms full 'full, 4 epochs' 'toxic-lora, 4 epochs'
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
-of the grid and its data also how many selected rows of the natural pool have which label of people, and how long they
-are. Arms that train otherwise, such as "sft equal steps" in the recipe, are compared with the full pool under the same
-defense; --page writes the page with them, or with some of them.
+of the grid also how far the differences depend on the prompts, and with its data how many selected rows of the natural
+pool have which label of people, and how long they are. Arms that train otherwise, such as "sft equal steps" in the
+recipe, are compared with the full pool under the same defense; --page writes the page with them, or with some of them.
 """
 
 import argparse
@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
+from pharmacist.core.files import read_json, read_json_lines
+from pharmacist.evaluation.statistics import curve_area
 from pharmacist.report.benchmark import AXES, BASELINE, Benchmark, to_markdown
 from pharmacist.report.benchmark_page import render_benchmark
 
@@ -59,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axes["selector"] = args.arms or axes["selector"]
         manifest = json.loads((args.run / "manifest.json").read_text()) | {"counts": {}, "extra": {"axes": axes}}
         render_benchmark(args.page, results[results["selector"].isin(axes["selector"])], manifest=manifest)
+    if args.run and not (differences := over_prompts(results, args.run, args.baseline)).empty:
+        print(f"\n{differences.to_markdown(index=False, floatfmt='.1f')}")
     if args.data:
         print(f"\n{selections(args.run, args.data).to_markdown(index=False, floatfmt='.1f')}")
 
@@ -70,6 +75,69 @@ def with_other_arms(results: pd.DataFrame) -> pd.DataFrame:
         results.loc[other, "selector"] += f", {name}"
         results.loc[other, "defense"] = results.loc[other, "defense"].str.removesuffix(f" {name}")
     return results
+
+
+def over_prompts(results: pd.DataFrame, run: Path, baseline: str = BASELINE) -> pd.DataFrame:
+    """Differences of the harmful score over the attack, and how far they depend on the choice of prompts.
+
+    `low` and `high` are the ends of a 95 % interval over prompts (Student's t) for these seeds; `se_prompts` is the
+    standard error over prompts for these seeds, and `se_seeds` that over seeds for these prompts.
+    """
+    scores, alike = curves_by_prompt(results, run), [axis for axis in AXES if axis not in ("selector", "fraction")]
+    base = scores[scores["selector"] == baseline]
+    pairs = scores[scores["selector"] != baseline].merge(base, on=[*alike, "seed", "row"], suffixes=("", "_base"))
+    pairs["difference"] = pairs["score"] - pairs["score_base"]
+    shown = [axis for axis in AXES if axis == "selector" or results[axis].nunique() > 1]
+    found = []
+    for arm, own in pairs.groupby(shown, sort=False):
+        by_prompt, by_seed = (own.groupby(by)["difference"].mean() for by in ("row", "seed"))
+        mean, error = by_prompt.mean(), stats.sem(by_prompt)
+        low, high = stats.t.interval(0.95, len(by_prompt) - 1, mean, error)
+        errors = {"se_prompts": error, "se_seeds": stats.sem(by_seed) if len(by_seed) > 1 else None}
+        about = dict(zip(shown, arm, strict=True)) | {"seeds": len(by_seed)}
+        found.append(about | {"difference": mean, "low": low, "high": high} | errors)
+    return pd.DataFrame(found)
+
+
+def curves_by_prompt(results: pd.DataFrame, run: Path) -> pd.DataFrame:
+    """The harmful score over the attack of every prompt, in %, for every run in the folder that was judged along it.
+
+    Prompts without a verdict at some step are left out.
+    """
+    judged = {}
+    for manifest in run.glob("stages/evaluate-*/manifest.json"):
+        config = read_json(manifest)["config"]
+        judged[below(config["model"]), judge_of(config)] = manifest.parent
+    tables = [pd.DataFrame(columns=["row", "score", *AXES, "seed"])]
+    for _, result in results[results["attack_steps"].map(len) > 1].iterrows():
+        if not (manifest := run / result["folder"] / "manifest.json").is_file():
+            continue
+        after = read_json(manifest)["config"]
+        attack = below(after["model"])
+        before = below(read_json(run / attack / "manifest.json")["config"]["model"])
+        steps = list(result["attack_steps"])
+        models = [before, *(f"{attack}/snapshots/step-{step}" for step in steps[1:-1]), attack]
+        verdicts = [verdicts_of(judged[model, judge_of(after)]) for model in models]
+        rows = [row for row in verdicts[0] if all(own[row] is not None for own in verdicts)]
+        scores = [100 * curve_area(steps, [own[row] for own in verdicts]) for row in rows]
+        tables.append(pd.DataFrame({"row": rows, "score": scores}).assign(**result[[*AXES, "seed"]]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def verdicts_of(folder: Path) -> dict[int, float | None]:
+    """Row of a prompt -> 1 where the answer is harmful, 0 where it is not."""
+    items = [item for item in read_json_lines(folder / "items.jsonl") if item["set"] == "prompts"]
+    return {item["row"]: None if item["harmful"] is None else float(item["harmful"]) for item in items}
+
+
+def judge_of(config: dict[str, object]) -> str:
+    """What the judge of an evaluation is, with its references."""
+    return json.dumps([config[name] for name in ("judge", "safe", "harmful", "utility")], sort_keys=True)
+
+
+def below(folder: str) -> str:
+    """A folder of a grid, from the grid's own."""
+    return f"stages/{folder.partition('/stages/')[2]}"
 
 
 def selections(run: Path, data: Path) -> pd.DataFrame:
