@@ -12,7 +12,7 @@ import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from pharmacist.nn.losses import mean_losses, token_losses
 
@@ -160,7 +160,7 @@ class TinyDecoder(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         generator = torch.Generator().manual_seed(seed)
-        self.config = SimpleNamespace(num_hidden_layers=layers, hidden_size=width, max_position_embeddings=length)
+        self.config = PreTrainedConfig(num_hidden_layers=layers, hidden_size=width, max_position_embeddings=length)
         self.embed, self.position = nn.Embedding(vocab, width), nn.Embedding(length, width)
         self.layers = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
         self.norm, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
