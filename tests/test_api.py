@@ -446,6 +446,12 @@ def test_adapters_that_cannot_be_trained_on_are_named(model: PreTrainedModel) ->
         aligned(added)
 
 
+def test_what_is_left_of_a_merged_adapter_is_none(model: PreTrainedModel) -> None:
+    merged = copy.deepcopy(model)
+    merged.peft_config = {"default": LORA}  # as PEFT 0.18 leaves it
+    assert isinstance(aligned(merged), PeftModel)
+
+
 def test_a_model_without_its_weights_is_refused(model: PreTrainedModel) -> None:
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(model.config)

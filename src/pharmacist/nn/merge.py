@@ -62,6 +62,7 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
     remedy = "merge it with the tool that made it"
     with failures_as(CompatibilityError, lambda error: f"{refusal} ({one_line(error)}); {remedy}"):
         merged: PreTrainedModel = model.merge_and_unload()
+    merged.__dict__.pop("peft_config", None)  # PEFT 0.18 leaves it, and takes the next adapter for a second one
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for config in {id(c): c for c in (merged.config, merged.config.get_text_config())}.values():

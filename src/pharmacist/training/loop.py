@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -68,14 +69,15 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
     same seed: no attacker knows the directions in which a model was aligned.
     """
     model: Any = loaded.model
-    if hasattr(model, "peft_config") and not isinstance(model, PeftModel):
+    adapted = isinstance(model, PeftModel)
+    if not adapted and any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):
         raise CompatibilityError(
             f"{options.model}: has an adapter by transformers' add_adapter, which cannot be trained on; load it with "
             "PeftModel.from_pretrained"
         )
     if options.tuning == "full":
         return replace(loaded, model=(deepcopy(model) if loaded.shared else model).float().requires_grad_(True))
-    if hasattr(model, "peft_config"):  # loaded with `merge=False`, to be continued
+    if adapted:  # loaded with `merge=False`, to be continued
         return loaded
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init", *stage))

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 
 from pharmacist.core.console import markdown
 from pharmacist.core.env import rank, versions
@@ -101,7 +102,7 @@ class Card:
 
 def writes_adapter(loaded: LoadedModel) -> bool:
     """Whether a model can be written as an adapter that any tool can load: it is one, on a plain base model."""
-    if not hasattr(loaded.model, "peft_config") or loaded.base.name is None:
+    if not isinstance(loaded.model, PeftModel) or loaded.base.name is None:
         return False
     return not loaded.base.factors or is_lora(loaded.model)
 
@@ -138,7 +139,7 @@ def save_model(
     if merge or not adapter:
         with atomic_folder(root / "model") as folder, silent_library():
             whole = model
-            if hasattr(model, "peft_config"):
+            if isinstance(model, PeftModel):
                 whole = merge_adapter((model if last else deepcopy(model)).eval(), loaded.name)
                 if last:
                     loaded.model = whole
