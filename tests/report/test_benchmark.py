@@ -253,9 +253,11 @@ NASTIER = NASTY + "\n| *x* | [c](javascript:d) `e` \x1b[2J\u202e"
 @pytest.mark.parametrize("name", [NASTY, NASTIER])
 def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     table = results({name: -12.0}, defenses=[name, "sft"])
-    write_bench(tmp_path, table, extra={"axes": {}, "failed": [{"stage": "x", "error": name, "cells": 1}]})
+    failed = {"axes": {}, "failed": [{"stage": "x", "error": name, "cells": 1}]}
+    write_bench(tmp_path, table, extra=failed, warnings=[f"a warning of {name}"])
     assert main(["report", str(tmp_path), "--quiet"]) == 0
     page = Page.read(tmp_path / "report.html")
+    assert f"a warning of {NASTY}" in page.text
     assert len(page.scripts) == 3 and not any("hacked" in script for script in page.scripts)
     assert NASTY in page.text
     figures = json.dumps(page.json("figures"), ensure_ascii=False)
