@@ -258,7 +258,7 @@ def test_a_bad_line(words: list[str], message: str) -> None:
         ("on: 2", "unknown key 'on'"),
         ("stirs: 2026-11-29", "--stirs 2026-11-29: must be a whole number"),
         ("stirs: 1:20", "--stirs 1:20: must be a whole number"),
-        ("parts: !!set {0, 1}", "--parts {0, 1}: must be a list"),
+        ("parts: !!set {7}", "--parts {7}: must be a list"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: 1\nb: !!timestamp noon", "the value does not fit tag:yaml.org,2002:timestamp in"),
         ("a: [!!bool many]", "not valid YAML (the value does not fit tag:yaml.org,2002:bool"),
