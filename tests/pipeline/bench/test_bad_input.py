@@ -86,6 +86,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         (WITHOUT_PROMPTS, "'prompts' must name the harmful prompts"),
         ({"evaluate": {"prompts": "world:promts"}}, "no set 'promts'; did you mean 'prompts'?"),
         ({"evaluate": {"prompts": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+        ({"evaluate": {"prompts": "my/own/prompts"}}, "evaluate: prompts my/own/prompts: no such file"),
         ({"models": [{"model": "./nowhere"}]}, "no such folder"),
         ({"selectors": [{"selector": "full", "fractions": [0.3]}]}, "keeps the full pool"),
         ({"selectors": [{"selector": "random", "weighted": True}]}, "has no weights"),

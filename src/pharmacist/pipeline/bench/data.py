@@ -9,7 +9,7 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
-from pharmacist.data.formats import open_source
+from pharmacist.data.formats import HUB_ID, open_source
 from pharmacist.data.formats.saved import open_folder
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.bench.options import PoolEntry
@@ -71,7 +71,7 @@ class Data:
         if folder and os.path.isdir(os.path.expanduser(folder)):
             found = self._local(Path(os.path.expanduser(folder)), f"{where} {spec}")
             return Input(f"{found.source}:{split}", f"{found.content}:{split}")
-        if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
+        if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")
 

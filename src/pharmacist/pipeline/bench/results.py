@@ -86,7 +86,7 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
 
 
 def write_verdicts(path: Path, rows: Sequence[Result], plan: Plan) -> None:
-    """Writes ``verdicts.parquet``, whole or not at all: of the same cells the verdict on every harmful prompt."""
+    """Writes ``verdicts.parquet``, whole or not at all: of the same cells the verdicts on harmful prompts."""
     lists = {"prompts": pa.list_(pa.int64()), "harmful": pa.list_(pa.bool_())}
     columns = {"cell": pa.string(), "seed": pa.int64(), "step": pa.int64(), **lists}
     cells = {(cell.name, cell.seed): cell for cell in plan.cells}
@@ -100,10 +100,11 @@ def _verdicts(cell: Cell, plan: Plan) -> Iterator[dict[str, Any]]:
     measured |= {last if step < 0 else step: stage for step, stage in cell.curve}
     measured[None if "repair" in cell.roles else last] = cell.roles["after"]
     for step, stage in measured.items():
-        items = read_json_lines(plan.stages[stage].folder / "items.jsonl")
-        verdicts = {item["row"]: item["harmful"] for item in items if item["set"] == "prompts"}
-        lists = {"prompts": list(verdicts.keys()), "harmful": list(verdicts.values())}
-        yield {"cell": cell.name, "seed": cell.seed, "step": step, **lists}
+        file = plan.stages[stage].folder / "items.jsonl"
+        if file.is_file():  # somebody may want to keep the metrics alone
+            items = [item for item in read_json_lines(file) if item["set"] == "prompts"]
+            lists = {"prompts": [item["row"] for item in items], "harmful": [item["harmful"] for item in items]}
+            yield {"cell": cell.name, "seed": cell.seed, "step": step, **lists}
 
 
 def collect(plan: Plan) -> Iterator[Result]:
