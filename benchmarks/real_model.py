@@ -4,14 +4,15 @@
     python benchmarks/real_model.py ... --run DIR --page FOLDER --arms full 'full, 4 epochs' 'toxic-lora, 4 epochs'
 
 First those of the page of the benchmark, then means over seeds of what they leave out, then every run; with the folder
-of the grid also how far the differences depend on the prompts, and with its data how many selected rows of the natural
-pool have which label of people, and how long they are. Arms that train otherwise, such as "sft equal steps" in the
-recipe, are compared with the full pool under the same defense; --page writes the page with them, or with some of them.
+of the grid (its verdicts.parquet, or its stages) also how far the differences depend on the prompts, and with its data
+how many selected rows of the natural pool have which label of people, and how long they are. Arms that train
+otherwise, such as "sft equal steps" in the recipe, are compared with the full pool under the same defense; --page
+writes the page with them, or with some of them.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +31,7 @@ FURTHER = ["loss_margin_before", "over_refusal_before", "over_refusal", "alignme
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results")
-    parser.add_argument("--run", type=Path, help="output folder of the grid, with its stages")
+    parser.add_argument("--run", type=Path, help="output folder of the grid, with verdicts.parquet or stages")
     parser.add_argument("--data", type=Path, help="folder that recipes/natural.py wrote")
     parser.add_argument("--page", type=Path, help="folder for the page")
     parser.add_argument("--arms", nargs="+", help="selectors that the page shows, in this order; all by default")
@@ -104,30 +105,57 @@ def curves_by_prompt(results: pd.DataFrame, run: Path) -> pd.DataFrame:
 
     Prompts without a verdict at some step are left out.
     """
+    in_table, in_stages = verdicts_in_table(run / "verdicts.parquet"), verdicts_in_stages(run)
+    tables = [pd.DataFrame(columns=["row", "score", *AXES, "seed"])]
+    for _, result in results[results["attack_steps"].map(len) > 1].iterrows():
+        if verdicts := in_table(result) or in_stages(result):
+            rows = [row for row in verdicts[0] if all(own[row] is not None for own in verdicts)]
+            scores = [100 * curve_area(result["attack_steps"], [float(own[row]) for own in verdicts]) for row in rows]
+            tables.append(pd.DataFrame({"row": rows, "score": scores}).assign(**result[[*AXES, "seed"]]))
+    return pd.concat(tables, ignore_index=True)
+
+
+Verdicts = dict[int, bool | None]
+"""Row of a prompt -> whether the answer is harmful."""
+
+
+def verdicts_in_table(path: Path) -> Callable[[pd.Series], list[Verdicts]]:
+    """From a result to the verdicts at its attack steps, in the table that a grid writes; nothing of other results."""
+    table = pd.read_parquet(path).dropna(subset="step") if path.is_file() else pd.DataFrame()
+    found = {
+        (own.cell, own.seed, own.step): dict(zip(own.prompts, own.harmful, strict=True)) for own in table.itertuples()
+    }
+
+    def along(result: pd.Series) -> list[Verdicts]:
+        keys = [(result["cell"], result["seed"], step) for step in result["attack_steps"]]
+        return [found[key] for key in keys] if found.keys() >= set(keys) else []
+
+    return along
+
+
+def verdicts_in_stages(run: Path) -> Callable[[pd.Series], list[Verdicts]]:
+    """The same in the stages of a folder, which may be of several grids."""
     judged = {}
     for manifest in run.glob("stages/evaluate-*/manifest.json"):
         config = read_json(manifest)["config"]
         judged[below(config["model"]), judge_of(config)] = manifest.parent
-    tables = [pd.DataFrame(columns=["row", "score", *AXES, "seed"])]
-    for _, result in results[results["attack_steps"].map(len) > 1].iterrows():
+
+    def along(result: pd.Series) -> list[Verdicts]:
         if not (manifest := run / result["folder"] / "manifest.json").is_file():
-            continue
+            return []
         after = read_json(manifest)["config"]
         attack = below(after["model"])
         before = below(read_json(run / attack / "manifest.json")["config"]["model"])
-        steps = list(result["attack_steps"])
-        models = [before, *(f"{attack}/snapshots/step-{step}" for step in steps[1:-1]), attack]
-        verdicts = [verdicts_of(judged[model, judge_of(after)]) for model in models]
-        rows = [row for row in verdicts[0] if all(own[row] is not None for own in verdicts)]
-        scores = [100 * curve_area(steps, [own[row] for own in verdicts]) for row in rows]
-        tables.append(pd.DataFrame({"row": rows, "score": scores}).assign(**result[[*AXES, "seed"]]))
-    return pd.concat(tables, ignore_index=True)
+        snapshots = (f"{attack}/snapshots/step-{step}" for step in list(result["attack_steps"])[1:-1])
+        return [verdicts_of(judged[model, judge_of(after)]) for model in (before, *snapshots, attack)]
+
+    return along
 
 
-def verdicts_of(folder: Path) -> dict[int, float | None]:
-    """Row of a prompt -> 1 where the answer is harmful, 0 where it is not."""
-    items = [item for item in read_json_lines(folder / "items.jsonl") if item["set"] == "prompts"]
-    return {item["row"]: None if item["harmful"] is None else float(item["harmful"]) for item in items}
+def verdicts_of(folder: Path) -> Verdicts:
+    """The verdicts of an evaluation."""
+    items = read_json_lines(folder / "items.jsonl")
+    return {item["row"]: item["harmful"] for item in items if item["set"] == "prompts"}
 
 
 def judge_of(config: dict[str, object]) -> str:

@@ -53,18 +53,21 @@ def write_run(run: Path, arm: str, seed: int, verdicts: list[list[bool | None]])
         append_json_lines(folder / "items.jsonl", [*items, {"set": "task", "row": 0, "harmful": None}])
     axes = {"model": "m", "pool": "p", "attack": "mix", "post_alignment_defense": "none", "task": "t"}
     axes |= {"judge": "keyword", "defense": "sft", "selector": arm, "fraction": 1.0 if arm == "full" else 0.4}
-    return axes | {"seed": seed, "attack_steps": [0, 10, 30], "folder": str(folder.relative_to(run))}
+    steps = {"attack_steps": [0, 10, 30], "folder": str(folder.relative_to(run))}
+    return axes | {"cell": f"m / {arm}", "seed": seed} | steps
 
 
 def test_differences_over_prompts(script: ModuleType, tmp_path: Path) -> None:
     no, yes = False, True
-    rows = [
-        write_run(tmp_path, "full", 0, [[no, no, no], [yes, no, no], [yes, yes, None]]),
-        write_run(tmp_path, "full", 1, [[no, no, no], [no, no, no], [yes, no, no]]),
-        write_run(tmp_path, "core", 0, [[no, no, no], [no, no, no], [no, yes, no]]),
-        write_run(tmp_path, "core", 1, [[no, no, no], [no, no, no], [no, no, yes]]),
+    given: list[list[list[bool | None]]] = [
+        [[no, no, no], [yes, no, no], [yes, yes, None]],
+        [[no, no, no], [no, no, no], [yes, no, no]],
+        [[no, no, no], [no, no, no], [no, yes, no]],
+        [[no, no, no], [no, no, no], [no, no, yes]],
     ]
-    elsewhere = rows[0] | {"selector": "other", "folder": "stages/evaluate-other"}
+    runs = [(arm, seed) for arm in ("full", "core") for seed in (0, 1)]
+    rows = [write_run(tmp_path, *run, verdicts) for run, verdicts in zip(runs, given, strict=True)]
+    elsewhere = rows[0] | {"cell": "elsewhere", "selector": "other", "folder": "stages/evaluate-other"}
     found = script.over_prompts(pd.DataFrame([*rows, elsewhere]), tmp_path)
     # Areas under the curves of a prompt: 100 from step 10 on are (5 + 20) / 30; 100 at step 30 alone 10 / 30.
     by_prompt = [(-100 * 25 / 30 - 100 / 3) / 2, 0.0, 100 / 3]  # the third has no verdict with seed 0
@@ -82,6 +85,16 @@ def test_differences_over_prompts(script: ModuleType, tmp_path: Path) -> None:
         }
     ]
     assert script.over_prompts(pd.DataFrame([elsewhere]), tmp_path).empty
+    # The table that a grid writes gives the same, without the stages.
+    (tmp_path / "alone").mkdir()
+    repaired = {"cell": rows[0]["cell"], "seed": 0, "step": None, "prompts": [0, 1, 2], "harmful": [yes, yes, yes]}
+    table = [
+        {"cell": row["cell"], "seed": row["seed"], "step": step, "prompts": [0, 1, 2], "harmful": harmful}
+        for row, verdicts in zip(rows, given, strict=True)
+        for step, harmful in zip([0, 10, 30], verdicts, strict=True)
+    ]
+    pd.DataFrame([*table, repaired]).to_parquet(tmp_path / "alone" / "verdicts.parquet")
+    pd.testing.assert_frame_equal(script.over_prompts(pd.DataFrame([*rows, elsewhere]), tmp_path / "alone"), found)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,26 @@ def test_bad_usage_is_2(pool: dict[str, str], tmp_path: Path, capsys: pytest.Cap
     assert one_line(capsys).startswith("pharmacist curate: error: --pool and --output-dir must be given")
     assert main(chance(pool, tmp_path / "out", "--topk", "3")) == 2
     assert "unknown option '--topk'; did you mean '--top-k'?" in one_line(capsys)
-    assert not (tmp_path / "out").exists()
+    assert main(chance(pool, tmp_path / "deep" / "out" / ("a" * 300))) == 2
+    assert "cannot be written (File name too long)" in one_line(capsys)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "near"),
+    [
+        ("sweep", "--margin", "--accuracy-margin"),
+        ("attack", "--ratio", "--poison-ratio"),
+        ("curate", "--Dir", "--output-dir"),
+        ("align", "--r", "--lora.r"),
+        ("align", "--sede", "--seed"),
+    ],
+)
+def test_an_option_with_the_given_word_is_nearer_than_one_spelled_alike(
+    command: str, given: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, given, "1"]) == 2
+    assert f"unknown option '{given}'; did you mean '{near}'?" in one_line(capsys)
 
 
 def test_an_unexpected_failure_is_1_with_a_log(

@@ -252,9 +252,10 @@ def test_bad_input_leaves_the_folder_free_for_mended_input(
 ) -> None:
     name = CASES[command].options[option]
     bad = Path(write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "", "completion": ""}]))
-    assert main(world.words(command, tmp_path / "out", **{name: bad})) == 2
+    (tmp_path / "there").mkdir()
+    assert main(world.words(command, tmp_path / "there" / "deep" / "out", **{name: bad})) == 2
     assert capsys.readouterr().err.count("error:") == 1
-    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+    assert not any((tmp_path / "there").iterdir()), "and what was there stays"
 
 
 @pytest.mark.parametrize(("command", "option"), READING)

@@ -223,11 +223,14 @@ def test_a_sweep_with_failed_verdicts_is_partial_and_asks_again(
 
     monkeypatch.setattr("pharmacist.pipeline.evaluate.evaluate", failing)
     sweep(own)
-    assert read_manifest(out).status == "partial" and (out / "report.html").is_file()
+    assert read_manifest(out).status == "partial"
+    (warning,) = read_manifest(out).warnings
+    assert "answers or verdicts failed" in warning and warning in (out / "report.html").read_text()
     status = "success"
     made_up.clear()
     sweep(own)
     assert read_manifest(out).status == "success" and any(place.endswith("end") for place in made_up)
+    assert not read_manifest(out).warnings and warning not in (out / "report.html").read_text()
     made_up.clear()
     sweep(own)
     assert not made_up

@@ -239,6 +239,8 @@ def test_no_number_is_minus_zero() -> None:
     [
         (lambda table: table.iloc[:0], "no cell is finished"),
         (lambda table: pd.concat([table, table.iloc[:1]]), "two rows for m / p / mix"),
+        (lambda table: table.assign(harmful_score="many"), "harmful_score holds something else than numbers"),
+        (lambda table: table.assign(alignment_seconds=np.inf), "alignment_seconds holds something else than numbers"),
     ],
 )
 def test_results_that_cannot_be_used(change: Any, message: str) -> None:
@@ -253,9 +255,11 @@ NASTIER = NASTY + "\n| *x* | [c](javascript:d) `e` \x1b[2J\u202e"
 @pytest.mark.parametrize("name", [NASTY, NASTIER])
 def test_names_are_escaped(name: str, tmp_path: Path) -> None:
     table = results({name: -12.0}, defenses=[name, "sft"])
-    write_bench(tmp_path, table, extra={"axes": {}, "failed": [{"stage": "x", "error": name, "cells": 1}]})
+    failed = {"axes": {}, "failed": [{"stage": "x", "error": name, "cells": 1}]}
+    write_bench(tmp_path, table, extra=failed, warnings=[f"a warning of {name}"])
     assert main(["report", str(tmp_path), "--quiet"]) == 0
     page = Page.read(tmp_path / "report.html")
+    assert f"a warning of {NASTY}" in page.text
     assert len(page.scripts) == 3 and not any("hacked" in script for script in page.scripts)
     assert NASTY in page.text
     figures = json.dumps(page.json("figures"), ensure_ascii=False)

@@ -138,25 +138,27 @@ class _Loader(yaml.SafeLoader):
             problem = f"the value does not fit {node.tag}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number, where YAML 1.1 takes 010 for 8."""
+    def whole_number(self, node: yaml.ScalarNode) -> int | str:
+        """A whole number, where YAML 1.1 takes 010 for 8; 1:20, which it takes for 80, is text."""
         digits = str(node.value).replace("_", "")
-        return int(digits) if digits.lstrip("+-").isdecimal() else int(super().construct_yaml_int(node))
+        if ":" in digits:
+            return str(node.value)
+        return int(digits) if digits.lstrip("+-").isdecimal() else int(self.construct_yaml_int(node))
 
 
 _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0123456789"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Unquoted:
     """A number, truth value or date of a YAML file, which is text where an option takes text."""
 
     text: str
     value: Any
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
 
 

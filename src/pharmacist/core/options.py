@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.console import without_credentials
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.typed import AtLeast0, Checked, Given, NotNegative, flag
 
 
@@ -37,6 +38,8 @@ class RunOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "://" in self.output_dir:
+            raise ConfigError(f"--output-dir {self.output_dir}: must be a folder, such as one that all machines share")
         self.output_dir = os.path.expanduser(self.output_dir)
 
     @classmethod

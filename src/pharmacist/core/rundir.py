@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -54,9 +54,15 @@ class RunDir:
     """
 
     def __init__(
-        self, root: Path, manifest: RunManifest, lock: IO[str] | None, temporary: TemporaryDirectory[str] | None = None
+        self,
+        root: Path,
+        manifest: RunManifest,
+        lock: IO[str] | None,
+        temporary: TemporaryDirectory[str] | None = None,
+        made: Sequence[Path] = (),
     ) -> None:
-        self.root, self.manifest, self._lock, self.temporary = root, manifest, lock, temporary
+        """`made` are the folder and those around it, the inner first, that did not exist before this run."""
+        self.root, self.manifest, self._lock, self.temporary, self._made = root, manifest, lock, temporary, made
 
     @classmethod
     def open(
@@ -135,8 +141,10 @@ class RunDir:
                         f"{root}: --overwrite would delete another run too, {other}; move that elsewhere, or delete it"
                     )
             _refuse_links(root, options.overwrite)
-        lock = _lock(root)
+        made = [folder for folder in (root, *root.parents) if not os.path.lexists(folder)]
         with ExitStack() as on_failure:
+            on_failure.callback(_remove_empty, made)
+            lock = _lock(root)
             on_failure.callback(lock.close)
             if options.overwrite:
                 _clear(root)
@@ -154,7 +162,7 @@ class RunDir:
             for leftover in list(_leftovers(root)):
                 remove(leftover)
             on_failure.pop_all()
-        return cls(root, manifest, lock, temporary)
+        return cls(root, manifest, lock, temporary, made)
 
     @property
     def complete(self) -> bool:
@@ -242,7 +250,10 @@ class RunDir:
         return any(path.is_file() and path.stat().st_size for path in self.root.glob(pattern))
 
     def discard(self, *outputs: str) -> None:
-        """Forgets a run without results, and files that it wrote: the folder is free for one with corrected input."""
+        """Forgets a run without results, and files that it wrote: the folder is free for one with corrected input.
+
+        Folders that this run has made are deleted too.
+        """
         if self._lock is None:
             return
         for name in outputs:
@@ -252,6 +263,7 @@ class RunDir:
             for path in sorted(parts, key=lambda path: path.name != "manifest.json"):
                 remove(path, as_far_as_possible=True)
             self.close()
+            _remove_empty(self._made)
 
     def close(self) -> None:
         """Releases the folder; partial state stays unless the run is complete."""
@@ -360,6 +372,13 @@ def _drop_damaged_tensors(work: Path) -> None:
 def _is_hollow(path: Path) -> bool:
     """Whether a folder has no files, as runs in it leave it that were discarded."""
     return path.is_dir() and not path.is_symlink() and all(_is_hollow(part) for part in path.iterdir())
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Deletes empty folders, each in the next, as far as possible."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _read_phase(path: Path) -> Phase:

@@ -14,6 +14,8 @@ from pharmacist.data.templates import FILE_NAME as TEMPLATE_FILE
 _WITHOUT_WEIGHTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"}
 _WITHOUT_WEIGHTS |= {"CPT", "CARTRIDGE"}
 """Kinds of adapters that change no weights, so that they cannot be merged."""
+_LONG = 200
+"""Characters that no Hub id has, and that the name of a file may exceed."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def _check_name(name: str) -> None:
     check_ordinary(folder, name)
     if os.path.isfile(folder):
         raise DataError(f"{name}: is a file; a model folder or a Hub id is needed")
-    if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not name:
+        raise DataError("the name of a model is empty; a model folder or a Hub id is needed")
+    if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > _LONG):
         raise DataError(f"{name}: no such folder; a model folder or a Hub id is needed")
     if exists and adapter_folder(folder) is None:
         for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):

@@ -34,7 +34,7 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
-from pharmacist.pipeline.bench.stages import Stage, make_stage
+from pharmacist.pipeline.bench.stages import Draft, Stage, make_stage
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs, verdict_files
 from pharmacist.pipeline.pages import sweep_page, write_table
 from pharmacist.pipeline.stages.attack import AttackOptions
@@ -199,7 +199,7 @@ class _Sweep:
     def stage(self, kind: str, options: RunOptions, *parents: Stage) -> Stage:
         """Adds an attack or an evaluation to the graph."""
         folder, names = Path(options.output_dir), [parent.name for parent in parents]
-        stage = make_stage(self.run.root, kind, options, folder.name, {}, parents=names, folder=folder)
+        stage = make_stage(self.run.root, Draft(kind, options, folder.name), {}, parents=names, folder=folder)
         return self.stages.setdefault(stage.name, stage)
 
     def evaluation(self, model: str, name: str, *parents: Stage, curve: bool = False) -> Stage:
@@ -248,8 +248,10 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         summary["curves"] = _curves(sweep, attacks, summary)
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
     partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
-    if partial:
-        warn("answers or verdicts failed; the metrics cover the rest, and the same command requests them again")
+    failed = "answers or verdicts failed; the metrics cover the rest, and the same command requests them again"
+    warnings = [failed] if partial else []
+    for warning in warnings:
+        warn(warning)
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
         _write_table(run.path("sweep.parquet"), summary)
@@ -257,6 +259,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         run.record(
             counts={"attacks": len(entries), "diverged": sum("failed" in entry for entry in entries)},
             metrics={"worst": summary["worst"]},
+            warnings=warnings,
         )
         sweep_page(run.root, run.manifest)
         outputs = ["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"]

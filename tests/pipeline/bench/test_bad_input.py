@@ -75,6 +75,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ),
         ({"evaluate": {"prompts": "world:prompts:²"}}, "'²' is not a number of rows"),
         ({"pools": ["rows.jsonl/" + "a" * 300 + ".jsonl"]}, "no such file; check the path"),
+        ({"pools": ["."]}, "curate: pool .: is a directory without a saved dataset"),
         ({"align": {"max_length": 64}}, "align: 'max_length' is decided by the entries of models; give it there"),
         ({"attack": {}}, "attack 'mix' needs harmful rows: give 'harmful' under attack"),
         ({"tasks": [{"name": "nothing"}]}, "give task 'nothing' a 'train'"),
@@ -85,6 +86,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         (WITHOUT_PROMPTS, "'prompts' must name the harmful prompts"),
         ({"evaluate": {"prompts": "world:promts"}}, "no set 'promts'; did you mean 'prompts'?"),
         ({"evaluate": {"prompts": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+        ({"evaluate": {"prompts": "my/own/prompts"}}, "evaluate: prompts my/own/prompts: no such file"),
         ({"models": [{"model": "./nowhere"}]}, "no such folder"),
         ({"selectors": [{"selector": "full", "fractions": [0.3]}]}, "keeps the full pool"),
         ({"selectors": [{"selector": "random", "weighted": True}]}, "has no weights"),
@@ -132,8 +134,9 @@ def test_told_in_one_line_before_any_work(
 
 def test_an_address_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = write_grid(tmp_path / "grid.yaml")
-    assert main(["bench", "--config", str(grid), "--output-dir", "s3://bucket/name"]) == 2
-    assert "--output-dir s3://bucket/name: must be a folder" in capsys.readouterr().err
+    for command in (["bench", "--config", str(grid)], ["demo"]):
+        assert main([*command, "--output-dir", "s3://bucket/name"]) == 2
+        assert "--output-dir s3://bucket/name: must be a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
@@ -186,6 +189,7 @@ def test_a_judge_that_learns_what_selectors_learn_is_told(tmp_path: Path, capsys
         text = " ".join(capsys.readouterr().err.split())
         assert text.count("warning: judge 'probe' learns from references of pool 'a', 'c' (world:safe)") == told
         assert text.count("learns from references") == told
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_of_the_evaluation_on_which_an_attack_trains_are_told(
@@ -213,6 +217,9 @@ def test_prompts_of_the_evaluation_on_which_an_attack_trains_are_told(
         assert f"prompts {files['prompts']}: 1 of 3 rows share a prompt with harmful {files['attack']}" in warnings[0]
         assert f"task {files['test']}: 1 of 2 rows share a prompt with task {files['task']}" in warnings[1]
     assert [f"warning: {text}" for text in read_manifest(out).warnings] == warnings
+    read_manifest(out).model_copy(update={"status": "started"}).write(out)
+    assert main(line) == 0
+    assert capsys.readouterr().err.count("warning") == len(read_manifest(out).warnings) == 2, "nothing is left to run"
     write_grid(grid, **changes | {"attacks": [{"kind": "benign", "samples": 2}]})
     assert main(line) == 0
     assert capsys.readouterr().err.count("warning") == 1  # it reads no harmful rows

@@ -1,17 +1,20 @@
 """The graph of a grid: what runs, how often, and what is found again. Its stages are fakes that note that they ran."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from datasets import Dataset, DatasetDict
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.bench.command import BenchResult, StagesFailed, bench
+from pharmacist.pipeline.bench.data import Data
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect
@@ -68,6 +71,35 @@ def test_what_cells_share_runs_once(stages: Stages, tmp_path: Path) -> None:
     assert manifest.status == "success"
     assert manifest.counts == {"cells": 4, "results": 4, "stages": 24, "finished": 24, "failed": 0}
     assert manifest.extra["axes"]["defense"] == ["sft", "vaccine"]
+
+
+def test_what_cells_share_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = Counter[str]()
+    rows = Data.rows
+
+    def counted(data: Data, spec: str, *more: Any) -> Any:
+        looked_up[spec] += 1
+        return rows(data, spec, *more)
+
+    monkeypatch.setattr(Data, "rows", counted)
+    found = plan(seeds=[0, 1], judges=["keyword", {"name": "again", "judge": "keyword", "options": {"batch_size": 2}}])
+    assert len(found.cells) == 16 and sum(stage.kind == "evaluate" for stage in found.stages.values()) == 48
+    # For each seed and judge, of the whole evaluation and of that along the attack; for each seed and attacked model.
+    assert looked_up["world:prompts:5"] == 8 and looked_up["world:attack:8"] == 8
+
+
+def test_a_split_of_a_saved_dataset_is_known_by_its_content(tmp_path: Path) -> None:
+    spec, found = f"{tmp_path}/saved:train", set()
+    for answer in ("no", "never"):
+        rows = Dataset.from_list([{"prompt": "a", "completion": answer}])
+        DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+        stages = plan(pools=[spec], selectors=["random"]).stages
+        (rank,) = (stage for stage in stages.values() if stage.kind == "rank")
+        assert rank.options.pool == spec
+        found.add(rank.key)
+    assert len(found) == 2
+    with pytest.raises(DataError, match="is a folder of splits; write .*:SPLIT with one of train, test"):
+        plan(pools=[f"{tmp_path}/saved:tain"], selectors=["random"])
 
 
 def test_a_finished_grid_runs_nothing(stages: Stages, tmp_path: Path) -> None:

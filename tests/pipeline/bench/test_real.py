@@ -43,6 +43,12 @@ def test_real_stages(tmp_path: Path) -> None:
     for name in ("alignment_seconds", "attack_seconds", "repair_seconds", "alignment_tokens", "alignment_peak_memory"):
         assert row[name] > 0, name
     assert (tmp_path / "out" / row["folder"] / "metrics.json").is_file()
+    verdicts = pd.read_parquet(tmp_path / "out" / "verdicts.parquet")
+    assert set(verdicts["cell"]) == {row["cell"]} and set(verdicts["seed"]) == {row["seed"]}
+    assert verdicts["step"].tolist()[:3] == [0, 1, 2] and verdicts["step"].isna().tolist() == [False] * 3 + [True]
+    assert verdicts["prompts"].map(list).tolist() == [[0, 1, 2, 3, 4]] * 4
+    scores = [100 * np.mean(own.astype(bool)) for own in verdicts["harmful"]]
+    assert scores == [*row["harmful_scores"], row["harmful_score"]]
 
 
 def test_labels_that_the_selector_asks_for(tmp_path: Path) -> None:

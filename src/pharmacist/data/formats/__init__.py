@@ -57,7 +57,7 @@ def open_source(spec: Any, *, name: str = "pool") -> Source:
     if folder and os.path.isdir(os.path.expanduser(folder)):
         return open_folder(Path(os.path.expanduser(folder)), split, text, name)
     known = split_suffix(path)[0] in _READERS or path.suffix.lower() in SUFFIXES
-    if isinstance(spec, os.PathLike) or known or not _HUB_ID.fullmatch(text):
+    if isinstance(spec, os.PathLike) or known or not HUB_ID.fullmatch(text):
         raise DataError(f"{name} {text}: no such file; check the path")
     return open_hub(text, name)
 
@@ -104,7 +104,8 @@ _READERS: dict[str, Callable[[Path, str, str], Source]] = {
     ".csv": Csv,
     ".parquet": Parquet,
 }
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:/]+){0,2}")
+"""What names a dataset on the Hub: ``name[:config][:split]``."""
 
 
 def _open_file(path: Path, label: str, name: str) -> Source:

@@ -20,7 +20,7 @@ from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
 from pharmacist.pipeline.bench.overlap import shared_prompts
-from pharmacist.pipeline.bench.results import Result, collect, write_results
+from pharmacist.pipeline.bench.results import Result, collect, write_results, write_verdicts
 from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
 from pharmacist.pipeline.pages import bench_page
 
@@ -48,7 +48,7 @@ class BenchResult:
 
 
 def bench(options: BenchOptions) -> BenchResult:
-    """Runs the stages that are missing and writes ``results.parquet`` and the manifest, also where some fail.
+    """Runs the stages that are missing and writes the tables of results and the manifest, also where some fail.
 
     Raises:
         PharmacistError: The grid has an error, or the folder holds something else; nothing has run.
@@ -59,10 +59,7 @@ def bench(options: BenchOptions) -> BenchResult:
     waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
     if options.dry_run:
         check_usable(root, options)
-    warnings = shared_prompts(plan) if waiting and rank() == 0 else []
-    for warning in warnings:
-        warn(warning)
-    if options.dry_run:
+        _warnings(plan)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if waiting and rank() == 0:
@@ -73,9 +70,9 @@ def bench(options: BenchOptions) -> BenchResult:
         if run.complete and not waiting:
             say(f"{root}: already complete, nothing to run")
             return BenchResult(list(collect(plan)), [], root)
+        run.record(warnings=_warnings(plan))
         ended: list[Outcome] = []
         try:
-            run.record(warnings=warnings)
             run.claim("stages")
             plan.write()
             with closing(run_stages(plan.stages, waiting, executor)) as outcomes:
@@ -100,11 +97,19 @@ def bench(options: BenchOptions) -> BenchResult:
             text += f"; the same command runs again what is missing; {first}: {_one_line(error)}"
             raise StagesFailed(text, list(failed.values()))
         if rank() == 0 and not plan.waiting():
-            outputs = ("results.parquet", *_PAGES, "stages", "data")
+            outputs = ("results.parquet", "verdicts.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
         page = f"\nreport {root}/report.html" if rows else ""
         say(f"{len(rows)} of {len(plan.cells)} cells: {root}/results.parquet{page}")
         return BenchResult(rows, [outcome.stage for outcome in ended if outcome.done], root)
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """Reasons not to trust the results, which the first process prints."""
+    found = [*plan.warnings, *shared_prompts(plan)] if rank() == 0 else []
+    for warning in found:
+        warn(warning)
+    return found
 
 
 def _mark_unfinished(root: Path) -> None:
@@ -126,7 +131,7 @@ def run_stages(
 
 
 def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result]:
-    """Writes the table of results, page and tables, and the manifest with the failures."""
+    """Writes results and verdicts, page and tables, and the manifest with the failures."""
     rows = list(collect(plan))
     write_results(run.path("results.parquet"), rows)
     counts = {"cells": len(plan.cells), "results": len(rows), "stages": len(plan.stages)}
@@ -146,6 +151,7 @@ def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result
     else:  # a page from before is of another grid, or of results that are stale
         for name in _PAGES:
             run.path(name).unlink(missing_ok=True)
+    write_verdicts(run.path("verdicts.parquet"), rows, plan)
     return rows
 
 

@@ -9,7 +9,8 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.hashing import sha256_content, sha256_file, sha256_text
 from pharmacist.core.registry import closest
-from pharmacist.data.formats import open_source
+from pharmacist.data.formats import HUB_ID, open_source
+from pharmacist.data.formats.saved import open_folder
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.bench.options import PoolEntry
 from pharmacist.pipeline.bench.stages import Input
@@ -33,18 +34,32 @@ class Data:
         """Pool whose labels are known (of a synthetic one the file, else the entry's name) -> row -> whether it is
         worth keeping; rows without a label are not in it."""
         self._contents: dict[str, str] = {}
+        self._rows: dict[str, Input] = {}
 
     def rows(self, spec: str, where: str, cell: Any) -> Input:
-        """Rows or an encoder that an option names: a path, a Hub id, a name known to the stage (``sst2``,
-        ``harmbench:FILE``), or a set of the synthetic world of the cell's pool or seed (``world:NAME:ROWS``).
+        """Rows that an option names: a path, a split of a saved dataset (``FOLDER:SPLIT``), a Hub id, a name known to
+        the stage (``sst2``, ``harmbench:FILE``), or a set of the synthetic world of the cell's pool or seed
+        (``world:NAME:ROWS``).
 
         Raises:
-            DataError: There is no such file or folder, or it cannot be read.
+            DataError: There is no such file or saved dataset, or it cannot be read.
             ConfigError: There is no such set.
         """
         if spec == WORLD or spec.startswith(f"{WORLD}:"):
             return self._made_up(spec, where, cell.pool, cell.seed)
+        if spec not in self._rows:
+            folder, _, split = spec.rpartition(":")
+            for path, part in ((spec, None), (folder, split)):
+                if path and os.path.isdir(path := os.path.expanduser(path)):
+                    open_folder(Path(path), part, spec, where)  # refuses any other folder, however much is in it
+                    break
+            self._rows[spec] = self.encoder(spec, where)
+        return self._rows[spec]
+
+    def encoder(self, spec: str, where: str) -> Input:
+        """The same of an encoder, for which any folder may stand."""
         name, colon, file = spec.partition(":")
+        folder, _, split = spec.rpartition(":")
         path = Path(os.path.expanduser(spec))
         check_ordinary(path, f"{where} {spec}")
         # Unlike the methods of Path, these raise no error for names that no file system accepts.
@@ -53,7 +68,10 @@ class Data:
         if colon and os.path.exists(os.path.expanduser(file)):
             found = self._local(Path(os.path.expanduser(file)), f"{where} {spec}")
             return Input(f"{name}:{found.source}", f"{name}:{found.content}")
-        if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")):
+        if folder and os.path.isdir(os.path.expanduser(folder)):
+            found = self._local(Path(os.path.expanduser(folder)), f"{where} {spec}")
+            return Input(f"{found.source}:{split}", f"{found.content}:{split}")
+        if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")
 

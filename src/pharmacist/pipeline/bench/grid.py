@@ -7,12 +7,13 @@ Models are evaluated after alignment, at the snapshots of the attack, after it, 
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping, underscored
@@ -23,7 +24,6 @@ from pharmacist.core.hashing import sha256_json
 from pharmacist.core.mappings import merged
 from pharmacist.core.method import Method
 from pharmacist.core.options import LengthOptions, as_json, identifying
-from pharmacist.core.progress import warn
 from pharmacist.core.registry import Registry, closest
 from pharmacist.data.formats import open_source
 from pharmacist.data.records import first_row
@@ -32,7 +32,16 @@ from pharmacist.evaluation.judges import JUDGES
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.bench.data import WORLD, Data
 from pharmacist.pipeline.bench.options import AXES, AttackEntry, BenchOptions, ModelEntry, PoolEntry, SelectorEntry
-from pharmacist.pipeline.bench.stages import EVERYWHERE, KINDS, Input, Stage, is_finished, make_stage, with_options
+from pharmacist.pipeline.bench.stages import (
+    EVERYWHERE,
+    KINDS,
+    Draft,
+    Input,
+    Stage,
+    is_finished,
+    make_stage,
+    with_options,
+)
 from pharmacist.pipeline.curate import WEIGHTS
 from pharmacist.pipeline.evaluate.reading import grader_of, judges_of, verdict_files
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
@@ -41,6 +50,7 @@ from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 
 
+T = TypeVar("T")
 _Choice = SimpleNamespace
 """One entry of every axis, by its name, and the seed; a selector has one fraction, an attack one strength."""
 SEP = " / "
@@ -103,12 +113,16 @@ class Cell:
 
 @dataclass
 class Plan:
-    """The graph: stages by name, each after those that it needs; cells and names by axis in the grid's order."""
+    """The graph: stages by name, each after those that it needs; cells and names by axis in the grid's order.
+
+    `warnings` are reasons not to trust the results that the grid itself shows.
+    """
 
     stages: dict[str, Stage]
     cells: list[Cell]
     axes: dict[str, list[Any]]
     data: Data
+    warnings: list[str]
 
     def write(self) -> None:
         """Writes the rows of the synthetic world that stages read, under a launcher in its first process."""
@@ -158,7 +172,7 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
         names |= {"poison_ratio": chosen.attack.poison_ratio, "samples": chosen.attack.samples}
         cells.append(Cell(names, seed, {role: stage.name for role, stage in roles.items()}, curve))
     names_of = {axis: list(dict.fromkeys(entry.name for entry in entries)) for axis, entries in axes.items()}
-    return Plan(graph.stages, cells, names_of | {"seed": list(grid.seeds)}, graph.data)
+    return Plan(graph.stages, cells, names_of | {"seed": list(grid.seeds)}, graph.data, list(_favouring(axes)))
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
@@ -184,19 +198,23 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
+    selectors = axes["selector"]
+    axes["selector"] = [replace(one, fractions=[share]) for one in selectors for share in _fractions(one, grid)]
+    axes["attack"] = list(_swept(axes["attack"]))
+    return axes
+
+
+def _favouring(axes: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """A warning for each judge that learns from what selectors read."""
     for judge in axes["judge"]:
         learned = {getattr(judge, name) for name in REFERENCES} - {None}
         of_pool = {pool.name: learned & {getattr(pool, name) for name in REFERENCES} for pool in axes["pool"]}
         if pools := ", ".join(f"'{name}'" for name, shared in of_pool.items() if shared):
             files = ", ".join(sorted(set().union(*of_pool.values())))
-            warn(
+            yield (
                 f"judge '{judge.name}' learns from references of pool {pools} ({files}), by which rows are selected, "
                 "so that it may favour selectors that read them; give it others, or compare with another judge"
             )
-    selectors = axes["selector"]
-    axes["selector"] = [replace(one, fractions=[share]) for one in selectors for share in _fractions(one, grid)]
-    axes["attack"] = list(_swept(axes["attack"]))
-    return axes
 
 
 def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
@@ -281,6 +299,21 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
+def _once_per(*axes: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Has a method of the graph called only once for all cells with the same seed and entries of these axes."""
+
+    def decorate(make: Callable[..., T]) -> Callable[..., T]:
+        @wraps(make)
+        def made(graph: "_Graph", chosen: _Choice, *more: Hashable) -> T:
+            entries = (id(getattr(chosen, axis)) for axis in axes)  # an entry is one object in all cells
+            found: T = graph.once((make, chosen.seed, *entries, *more), lambda: make(graph, chosen, *more))
+            return found
+
+        return made
+
+    return decorate
+
+
 class _Graph:
     """The graph of a grid while it is built; sections that the stages cannot have are refused."""
 
@@ -289,9 +322,9 @@ class _Graph:
         self.stages: dict[str, Stage] = {}
         self._sections: dict[str, dict[str, Any]] = {}
         """Kind of stages -> its options for every cell."""
-        self._made: dict[str, Any] = {}
-        self._answers: dict[str, str] = {}
-        """Hash of a model and of what it is asked -> name of the first evaluation with it."""
+        self._made: dict[Hashable, Any] = {}
+        self._answers: dict[tuple[str, str], str] = {}
+        """Hashes of a model and of what it is asked -> name of the first evaluation with it."""
         for kind, known in KINDS.items():
             self._sections[kind] = own = _own_options(kind, known.name, getattr(grid, known.name, {}))
             if decided := [name for name in own if name in _LOADING]:
@@ -299,7 +332,7 @@ class _Graph:
             if own:
                 self.options(kind, known.name)
 
-    def once(self, key: str, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made only once per key."""
         if key not in self._made:
             self._made[key] = make()
@@ -328,35 +361,41 @@ class _Graph:
             values[name] = getattr(self.grid, name)
         return self.once(f"options of {kind} {values!r}", lambda: from_mapping(known.options, values, where=where))
 
-    def stage(
-        self, kind: str, options: Any, chosen: _Choice, method: str, made: Mapping[str, Input], seed: int | None = None
-    ) -> Stage:
-        """Adds a stage to the graph, or finds the one that is the same; the seed is by default that of the cell.
-
-        `made` holds results of other stages by option, instead of what the options name.
+    def draft(
+        self, kind: str, options: Any, chosen: _Choice, method: str, made: Iterable[str], seed: int | None = None
+    ) -> Draft:
+        """A stage without the results of others, which come by the options `made` instead of what these name; the
+        seed is by default that of the cell.
         """
         options, known = with_options(options, seed=chosen.seed if seed is None else seed), KINDS[kind]
-        inputs: dict[str, Input | list[Input]] = {**made}
+        inputs: dict[str, Input | list[Input]] = {}
         for name in (*known.files, *known.models, *known.folders):
             spec, where = getattr(options, name), f"{known.name}: {name}"
             if name in made or not spec:
                 continue
             if name in known.models:
                 inputs[name] = self.data.model(spec, where)
+            elif name in known.folders:
+                inputs[name] = self.data.encoder(spec, where)
             elif isinstance(spec, list):
                 inputs[name] = [self.data.rows(one, where, chosen) for one in spec]
             else:
                 inputs[name] = self.data.rows(spec, where, chosen)
-        stage = make_stage(self.data.root, kind, options, method, inputs)
+        return Draft(kind, options, method, inputs)
+
+    def stage(
+        self, kind: str, options: Any, chosen: _Choice, method: str, made: Mapping[str, Input], seed: int | None = None
+    ) -> Stage:
+        """Adds a stage to the graph, or finds the one that is the same; `made` are results of other stages."""
+        stage = make_stage(self.data.root, self.draft(kind, options, chosen, method, made, seed), made)
         return self.stages.setdefault(stage.name, stage)
 
     def cell(self, chosen: _Choice) -> tuple[dict[str, Stage], tuple[tuple[int, str], ...]]:
         """`Cell.roles` with the stages themselves, and `Cell.curve`."""
-        roles = self.selected(chosen)
-        roles["align"] = align = self.aligned(chosen, roles["select"])
-        roles["attack"] = attack = self.attacked(chosen, align, roles["select"])
+        align, attack = self.aligned(chosen), self.attacked(chosen)
+        roles = self.selected(chosen) | {"align": align, "attack": attack}
         if chosen.post_alignment_defense.method["name"] in REPAIRS.names():
-            roles["repair"] = self.repaired(chosen, attack, align, roles["select"])
+            roles["repair"] = self.repaired(chosen)
         roles["before"] = self.evaluated(chosen, align.output())
         curve: list[tuple[int, str]] = []
         if steps := sorted(set(attack.options.snapshots)):
@@ -368,6 +407,7 @@ class _Graph:
         roles["after"] = self.evaluated(chosen, roles.get("repair", attack).output())
         return roles, tuple(curve)
 
+    @_once_per("model", "pool", "selector")
     def selected(self, chosen: _Choice) -> dict[str, Stage]:
         """The stages that rank and select, and where a selector asks for labels, those before them."""
         pool, selector, who = chosen.pool, chosen.selector, f"selector '{chosen.selector.name}'"
@@ -403,8 +443,10 @@ class _Graph:
         roles["select"] = stage("select", own, title, ranking=roles["rank"].output())
         return roles
 
-    def aligned(self, chosen: _Choice, select: Stage) -> Stage:
+    @_once_per("model", "pool", "selector", "defense")
+    def aligned(self, chosen: _Choice) -> Stage:
         """The stage that aligns."""
+        select = self.selected(chosen)["select"]
         defense, pool, who = chosen.defense, chosen.pool, f"defense '{chosen.defense.name}'"
         given = {"model": chosen.model.model, "defense": defense.defense}
         options = self.options("align", who, defense.options, given, model=chosen.model)
@@ -422,7 +464,8 @@ class _Graph:
             made["weights"] = select.output(WEIGHTS)
         return self.stage("align", options, chosen, defense.name, made)
 
-    def attacked(self, chosen: _Choice, align: Stage, select: Stage) -> Stage:
+    @_once_per("model", "pool", "selector", "defense", "attack", "post_alignment_defense", "task")
+    def attacked(self, chosen: _Choice) -> Stage:
         """The stage that attacks, under a fine-tuning-stage defense where there is one."""
         attack, defense, task = chosen.attack, chosen.post_alignment_defense, chosen.task
         who = f"post_alignment_defenses, '{defense.name}'"
@@ -443,15 +486,16 @@ class _Graph:
         strategy = self.method(DEFENSES, options.defense)
         if "finetune" not in strategy.stages:
             raise CompatibilityError(f"{who}: is not for fine-tuning; name it under defenses")
-        made = {"model": align.output()}
+        made = {"model": self.aligned(chosen).output()}
         if "safe" not in strategy.needs:
             options = with_options(options, safe=None)  # not read: it identifies nothing
         if _lacking(options, strategy.needs & {"safe"}):
-            made["safe"] = select.output(SELECTED)  # the defender's own rows
+            made["safe"] = self.selected(chosen)["select"].output(SELECTED)  # the defender's own rows
         method = f"{attack.name}, {defense.name}" if defended else attack.name
         return self.stage("attack", options, chosen, method, made)
 
-    def repaired(self, chosen: _Choice, attack: Stage, align: Stage, select: Stage) -> Stage:
+    @_once_per("model", "pool", "selector", "defense", "attack", "post_alignment_defense", "task")
+    def repaired(self, chosen: _Choice) -> Stage:
         """The stage that repairs."""
         repair, who = chosen.post_alignment_defense, f"post_alignment_defenses, '{chosen.post_alignment_defense.name}'"
         options = self.options("repair", who, repair.options, {"method": repair.method}, model=chosen.model)
@@ -459,13 +503,24 @@ class _Graph:
         options = with_options(options, **dict.fromkeys({"harmful", "safe"} - needs))  # not read
         if _lacking(options, needs & {"harmful"}):
             raise ConfigError(f"{who} needs harmful rows: give 'harmful' under repair")
-        made = {"model": attack.output(), "aligned": align.output()}
+        made = {"model": self.attacked(chosen).output(), "aligned": self.aligned(chosen).output()}
         if _lacking(options, needs & {"safe"}):
-            made["safe"] = select.output(SELECTED)
+            made["safe"] = self.selected(chosen)["select"].output(SELECTED)
         return self.stage("repair", options, chosen, repair.name, made)
 
     def evaluated(self, chosen: _Choice, model: Input, *, prompts_only: bool = False) -> Stage:
         """The stage that evaluates a model; where it asks the same as that of another judge, it reuses its answers."""
+        draft, asked, files = self.evaluation(chosen, prompts_only)
+        stage = make_stage(self.data.root, draft, {"model": model})
+        if stage.name not in self.stages:
+            first = self._answers.setdefault((model.content, asked), stage.name)
+            parents, like = (stage.parents, None) if first == stage.name else ((*stage.parents, first), first)
+            self.stages[stage.name] = replace(stage, parents=parents, like=like, verdict_files=files)
+        return self.stages[stage.name]
+
+    @_once_per("model", "pool", "task", "judge")
+    def evaluation(self, chosen: _Choice, prompts_only: bool) -> tuple[Draft, str, dict[str, str]]:
+        """The stages that evaluate, without a model; a hash of what they ask; and `Stage.verdict_files`."""
         judge, task = chosen.judge, chosen.task
         given = {"judge": judge.judge, "task": task.test} | {name: getattr(judge, name) for name in REFERENCES}
         where, layers = f"judge '{judge.name}', task '{task.name}'", (task.options, judge.options, given)
@@ -476,15 +531,10 @@ class _Graph:
             raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")
         if prompts_only:
             options = with_options(options, benign_prompts=None, task=None, perplexity=None, base=None, lm_eval=None)
-        stage = self.stage("evaluate", options, chosen, judge.name, {"model": model})
         asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
-        first = self._answers.setdefault(sha256_json([model.content, asked]), stage.name)
-        if first not in (stage.name, stage.like):
-            stage = replace(stage, parents=(*stage.parents, first), like=first)
         judging = f"judging {options.judge!r} {options.second_judge!r} {options.task and options.task_type!r}"
         files = self.once(judging, lambda: verdict_files(judges_of(options), grader_of(options)))
-        self.stages[stage.name] = stage = replace(stage, verdict_files=files)
-        return stage
+        return self.draft("evaluate", options, chosen, judge.name, ["model"]), sha256_json(asked), files
 
 
 def _labels(chosen: _Choice) -> dict[str, Any]:

@@ -203,8 +203,6 @@ class BenchOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "://" in self.output_dir:
-            raise ConfigError(f"--output-dir {self.output_dir}: must be a folder, such as one that all machines share")
         if self.seed:
             if self.seeds not in ([0], [self.seed]):
                 raise ConfigError(f"--seed {self.seed}: the grid names its seeds; change 'seeds' there")

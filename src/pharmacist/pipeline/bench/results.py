@@ -1,4 +1,4 @@
-"""Results of a benchmark: ``results.parquet``, one row per cell and seed.
+"""Results of a benchmark: ``results.parquet``, a row per cell and seed, and ``verdicts.parquet``, verdicts on prompts.
 
 A cell is one choice on every axis of the grid. Only cells whose last evaluation is finished have a row, so a partial
 run leaves a partial table; ``manifest.json`` beside it says which stages failed. Rates are percentages, times seconds
@@ -14,7 +14,8 @@ import pandas as pd
 import pyarrow as pa
 from sklearn.metrics import roc_auc_score
 
-from pharmacist.core.manifest import RunManifest
+from pharmacist.core.files import read_json_lines
+from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.options import as_json
 from pharmacist.evaluation.statistics import curve_area
 from pharmacist.pipeline.bench.grid import Cell, Plan
@@ -82,6 +83,28 @@ def write_results(path: Path, rows: Sequence[Result]) -> None:
     kinds: dict[Any, Any] = {str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
     kinds |= {list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64())}
     write_table(path, [asdict(row) for row in rows], {item.name: kinds[item.type] for item in fields(Result)})
+
+
+def write_verdicts(path: Path, rows: Sequence[Result], plan: Plan) -> None:
+    """Writes ``verdicts.parquet``, whole or not at all: of the same cells the verdicts on harmful prompts."""
+    lists = {"prompts": pa.list_(pa.int64()), "harmful": pa.list_(pa.bool_())}
+    columns = {"cell": pa.string(), "seed": pa.int64(), "step": pa.int64(), **lists}
+    cells = {(cell.name, cell.seed): cell for cell in plan.cells}
+    found = [verdicts for row in rows for verdicts in _verdicts(cells[row.cell, row.seed], plan)]
+    write_table(path, found, columns)
+
+
+def _verdicts(cell: Cell, plan: Plan) -> Iterator[dict[str, Any]]:
+    last = int(read_manifest(plan.stages[cell.roles["attack"]].folder).metrics["steps"])
+    measured: dict[int | None, str] = {0: cell.roles["before"]}
+    measured |= {last if step < 0 else step: stage for step, stage in cell.curve}
+    measured[None if "repair" in cell.roles else last] = cell.roles["after"]
+    for step, stage in measured.items():
+        file = plan.stages[stage].folder / "items.jsonl"
+        if file.is_file():  # somebody may want to keep the metrics alone
+            items = [item for item in read_json_lines(file) if item["set"] == "prompts"]
+            lists = {"prompts": [item["row"] for item in items], "harmful": [item["harmful"] for item in items]}
+            yield {"cell": cell.name, "seed": cell.seed, "step": step, **lists}
 
 
 def collect(plan: Plan) -> Iterator[Result]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,40 +113,50 @@ def with_options(options: Options, **changes: Any) -> Options:
     return changed
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What stages have in common that differ only in the results of other stages that they read."""
+
+    kind: str
+    """Key of `KINDS`."""
+    options: RunOptions
+    """Options of the command, without inputs and folder."""
+    method: str
+    """The selector, defense, attack, repair or judge, for tables."""
+    inputs: Mapping[str, Input | list[Input]] = field(default_factory=dict)
+    """Option -> the input that it names."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its part of what identifies the stages."""
+        return identifying(as_json(self.options)) | _of_each("content", self.inputs)
+
+
+def _of_each(attribute: str, inputs: Mapping[str, Input | list[Input]]) -> dict[str, Any]:
+    return {
+        option: [getattr(one, attribute) for one in value] if isinstance(value, list) else getattr(value, attribute)
+        for option, value in inputs.items()
+    }
+
+
 def make_stage(
-    root: Path,
-    kind: str,
-    options: RunOptions,
-    method: str,
-    inputs: Mapping[str, Input | list[Input]],
-    *,
-    parents: Sequence[str] = (),
-    folder: Path | None = None,
+    root: Path, draft: Draft, made: Mapping[str, Input], *, parents: Sequence[str] = (), folder: Path | None = None
 ) -> Stage:
     """Makes a stage and its key.
 
     Args:
         root: Folder of the benchmark.
-        kind: Key of `KINDS`.
-        options: Options of the command, without inputs and folder.
-        method: The selector, defense, attack, repair or judge, for tables.
-        inputs: Option -> the input that it names.
-        parents: Names of stages that must run before, besides those that write the inputs.
+        draft: The stage without results of others.
+        made: Option -> the result of another stage that it names.
+        parents: Names of stages that must run before, besides those that write these.
         folder: Folder of the results, by default one in `root` that is named by the key.
     """
-
-    def of_inputs(name: str) -> dict[str, Any]:
-        return {
-            option: [getattr(one, name) for one in value] if isinstance(value, list) else getattr(value, name)
-            for option, value in inputs.items()
-        }
-
-    config = identifying(as_json(options)) | of_inputs("content")
+    kind, config = draft.kind, draft.config | _of_each("content", made)
     key = sha256_json({"stage": kind, "version": KINDS[kind].version, "config": config})
     output_dir = str(folder or root / "stages" / f"{kind}-{key[:16]}")
-    filled = with_options(options, **of_inputs("source"), output_dir=output_dir)
-    makers = [one.maker for one in inputs.values() if isinstance(one, Input) and one.maker]
-    return Stage(kind, KINDS[kind], key, filled, tuple(dict.fromkeys([*makers, *parents])), method)
+    filled = with_options(draft.options, **_of_each("source", {**draft.inputs, **made}), output_dir=output_dir)
+    makers = [one.maker for one in made.values() if one.maker]
+    return Stage(kind, KINDS[kind], key, filled, tuple(dict.fromkeys([*makers, *parents])), draft.method)
 
 
 @dataclass(frozen=True)
