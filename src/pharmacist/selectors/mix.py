@@ -10,7 +10,8 @@ from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.registry import checked_options
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.data.arrays import FloatArray
+from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 
 
 class Composite(Selector):
