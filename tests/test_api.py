@@ -457,6 +457,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "class": (lambda model: ph.rank(SETS["pool"], selector=ph.LengthSelector), "selector: must be a Selector, its"),
     "kind": (lambda model: ph.align(model, SETS["pool"], defense=ph.LengthSelector()), "defense: must be a Gradient"),
     "nameless": (lambda model: ph.rank(SETS["pool"], selector={"keep": "long"}), "a mapping with its 'name', not"),
+    "part": (
+        lambda model: ph.rank(SETS["pool"], selector={"name": "length+dsir", "length": 5}),
+        "^selector 'length': options must be a mapping such as .*, not 5",
+    ),
     "columns": (lambda model: ph.rank(SETS["pool"], columns=["prompt"]), "columns: must be a mapping such as"),
     "comma": (lambda model: ph.rank(SETS["pool"], columns={"prompt": "a, b"}), "'a, b' holds a comma or an equals"),
     "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),

@@ -67,7 +67,7 @@ class MixSelector(Composite):
         self.parts = {}
         for (name, kind), option in zip(self.kinds.items(), fields(self.config), strict=True):
             given = getattr(self.config, option.name)
-            if isinstance(given, Mapping):
+            if not isinstance(given, kind.Config):
                 given = checked_options(f"selector '{name}'", kind.Config, given)
                 setattr(self.config, option.name, given)
             self.parts[name] = kind(given)
