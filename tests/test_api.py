@@ -27,6 +27,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, P
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.evaluate import EvaluateResult
+from pharmacist.pipeline.stages.sweep import GridOptions
 from pharmacist.selectors.base import Scores, SelectionContext
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
@@ -520,6 +521,37 @@ def test_wrong_arguments_are_one_clear_line(model: PreTrainedModel, wrong: str) 
     with pytest.raises(PharmacistError, match=message) as caught:
         call(model)
     assert "\n" not in str(caught.value)
+
+
+def test_messages_name_arguments_and_leave_commands_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = {0: "good", **dict.fromkeys(range(1, 40), "harmful")}
+    kept = ph.rank(SETS["pool"], selector="length", labels=labels, output_dir=str(tmp_path / "kept"))
+    said = capsys.readouterr().err
+    assert "\nlabels: selector 'length' does not learn from them" in f"\n{said}"
+    assert "warning: 1 rows are selected, not 12: no others look worth keeping; fill takes the next best" in said
+    assert "; fill takes" in kept.manifest["warnings"][0]
+    pool = write_rows(tmp_path / "pool.jsonl", SETS["pool"])
+    given: dict[str, Any] = {"pool": pool, "selector": {"name": "length"}, "output_dir": str(tmp_path / "out")}
+    again = given | {"top_k": 41, "overwrite": True}
+    for message in (r"next: pharmacist align --data \S+ --model MODEL", "already complete; overwrite ranks again"):
+        ph.curate(ph.CurateOptions(**given))
+        assert re.search(message, capsys.readouterr().err)
+    more: dict[str, Any] = {"evaluate": {"prompts": pool, "task": pool}, "output_dir": str(tmp_path / "sweep")}
+    sweep = ph.SweepOptions(model=str(BASE_MODEL), task=pool, grid=GridOptions(rank=[4]), **more)
+    errors: dict[str, Callable[[], Any]] = {
+        "top_k 41: the pool has 40 rows to rank": lambda: ph.curate(ph.CurateOptions(**again)),
+        "kind mix needs harmful FILE": lambda: ph.sweep(sweep),
+        "balance_share: the pool was ranked without balance,": lambda: kept.select(0.5, balance_share=0.5),
+        "min_score takes every row .*, so balance has no say": lambda: kept.select(min_score=0.5, balance_share=0.5),
+        "rows <1 rows in memory>: .* map other columns with columns": lambda: ph.tokenize(
+            [{"question": "why"}], AutoTokenizer.from_pretrained(BASE_MODEL)
+        ),
+    }
+    for message, call in errors.items():
+        with pytest.raises(PharmacistError, match=f"^{message}"):
+            call()
 
 
 OPTIONS: list[tuple[Callable[..., Any], type]] = [

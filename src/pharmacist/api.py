@@ -6,12 +6,10 @@ Called with the stage's options (``align(AlignOptions(...))``), it runs the stag
 
 import inspect
 import os
-import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import wraps
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
@@ -22,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from pharmacist.attacks import Attack
 from pharmacist.core.config import docs_of, method_fields
-from pharmacist.core.errors import ConfigError, PharmacistError
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.naming import by_arguments, naming_arguments
 from pharmacist.core.typed import AtLeast1, checked, cut
 from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
@@ -71,33 +70,19 @@ _EXPLAINED = {
     "peft_config": "PEFT configuration of the adapter; by default rank 8 on all linear layers.",
 }
 """Descriptions of arguments that are not options, or differ from them."""
-_OPTION = re.compile(r"(?<![^\s('\"])--([a-z][a-z-]*)")
-"""The name of an option in a text."""
-
-
-def _by_arguments(text: str) -> str:
-    """A text about options of the command line, about the arguments of a function instead."""
-    return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
 
 
 def explained(options: Any) -> Callable[[F], F]:
     """Explains a function, which has the options of a command as its arguments, in terms of these.
 
-    Its docstring is completed with the descriptions of the options, and errors name the arguments.
+    Its docstring is completed with the descriptions of the options, and its messages and errors name the arguments.
     """
 
     def complete(function: F) -> F:
-        @wraps(function)
-        def explaining(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except PharmacistError as error:
-                error.args = (_by_arguments(str(error)),)
-                raise
-
+        explaining = naming_arguments()(function)
         if function.__doc__:  # not under python -OO
             explaining.__doc__ = _docstring(function, options)
-        return explaining  # type: ignore[return-value]
+        return explaining
 
     return complete
 
@@ -108,7 +93,7 @@ def _docstring(function: Callable[..., Any], options: Any) -> str:
     own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
     docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
     for name in inspect.signature(function).parameters:
-        text = f"{name}: {_by_arguments(' '.join(docs[name].split()))}"
+        text = f"{name}: {by_arguments(' '.join(docs[name].split()))}"
         lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
     raises = "    PharmacistError: Rows, a model or an option cannot be used."
     return "\n".join([*lines, "", rest[rest.index("Returns:") :], "", "Raises:", raises])
@@ -329,6 +314,7 @@ def evaluate(
     return found
 
 
+@naming_arguments()
 def tokenize(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
