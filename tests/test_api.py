@@ -7,8 +7,10 @@ import json
 import random
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
@@ -552,6 +554,33 @@ def test_messages_name_arguments_and_leave_commands_as_they_are(
     for message, call in errors.items():
         with pytest.raises(PharmacistError, match=f"^{message}"):
             call()
+
+
+def test_calls_from_several_threads_run_one_after_the_other() -> None:
+    running, most = [0], [0]
+
+    class Slow(ph.LengthSelector):
+        def rank(self, context: SelectionContext) -> Scores:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.2)
+            running[0] -= 1
+            return super().rank(context)
+
+    threads = [Thread(target=ph.rank, args=(SETS["pool"],), kwargs={"selector": Slow()}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and running == [0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_trained_whatever_mode_the_caller_has_set(model: PreTrainedModel, mode: Callable[[], Any]) -> None:
+    with mode():
+        own = aligned(model)
+        assert not torch.is_grad_enabled()
+    assert any(bool(value.any()) for name, value in own.named_parameters() if "lora_B" in name)
 
 
 OPTIONS: list[tuple[Callable[..., Any], type]] = [

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
+import pandas as pd
+import torch
 from docstring_parser import parse_from_object
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -47,13 +49,13 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 F = TypeVar("F", bound=Callable[..., Any])
-Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | Sequence[Mapping[str, Any]]
-"""A path, a Hub id, a dataset or a list of dicts, in any layout that the commands read."""
+Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | pd.DataFrame | Sequence[Mapping[str, Any]]
+"""A path, a Hub id, a dataset, a data frame or a list of dicts, in any layout that the commands read."""
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
 """A local folder, a Hub id, or a loaded model, which is not modified."""
 Choice: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
-Labels: TypeAlias = str | os.PathLike[str] | Mapping[int, str] | datasets.Dataset | Sequence[Mapping[str, Any]]
+Labels: TypeAlias = Mapping[int, str] | Rows
 Weights: TypeAlias = str | os.PathLike[str] | Ranking | Iterable[float]
 Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
@@ -79,7 +81,7 @@ def explained(options: Any) -> Callable[[F], F]:
     """
 
     def complete(function: F) -> F:
-        explaining = naming_arguments()(function)
+        explaining = naming_arguments()(torch.inference_mode(False)(function))  # whatever mode the caller has set
         if function.__doc__:  # not under python -OO
             explaining.__doc__ = _docstring(function, options)
         return explaining
@@ -326,7 +328,7 @@ def tokenize(
     """Tokenizes rows for your own Trainer, exactly as `align` and `attack` do.
 
     Args:
-        rows: A path, a Hub id, a ``datasets.Dataset`` or a list of dicts.
+        rows: A path, a Hub id, a ``datasets.Dataset``, a pandas ``DataFrame`` or a list of dicts.
         tokenizer: Tokenizer of the model.
         max_length: Longest row in tokens; completions are truncated to fit.
         template: Prompt template; auto is the tokenizer's chat template, else Alpaca.
