@@ -271,6 +271,8 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
     assert calls == [0, 1] and same(again, folder)
     with pytest.raises(ConfigError, match="a run with other content of data"):
         aligned(model, SETS["pool"][:20], defense=Counted(), output_dir=str(folder))
+    other = aligned(model, SETS["pool"][:20], defense=Counted(), output_dir=str(folder), overwrite=True)
+    assert calls == [0, 1] * 2 and same(other, folder)
     attacked = ph.attack(
         first,
         task=SETS["task"],
@@ -309,6 +311,7 @@ def test_full_tuning_continued_adapters_and_repairs(model: PreTrainedModel) -> N
     assert isinstance(repaired, PreTrainedModel) and repaired is not model
     faded = ph.repair(gone_on, method=ph.Antidote(alpha=0.5), harmful=SETS["harmful"])
     assert any(not torch.equal(a, b) for a, b in zip(faded.parameters(), model.parameters(), strict=True))
+    start.merge_and_unload(safe_merge=True)  # as the docs say, since the weights of the base are the caller's
 
 
 def test_tensors_that_a_model_shares_by_hand_are_saved(model: PreTrainedModel, tmp_path: Path) -> None:

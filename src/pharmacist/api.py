@@ -135,6 +135,7 @@ def rank(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     checkpoint_seconds: float = 30.0,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Ranking:
     """Ranks an alignment pool.
 
@@ -173,6 +174,7 @@ def align(
     max_length: int = 0,
     seed: int | None = None,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Trains a model on an alignment set with an alignment-stage defense.
 
@@ -214,6 +216,7 @@ def attack(
     max_length: int = 0,
     seed: int | None = None,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Builds a poisoned fine-tuning set and fine-tunes a model on it, as a user of a fine-tuning service would.
 
@@ -248,6 +251,7 @@ def repair(
     max_length: int = 0,
     seed: int = 0,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Restores the safety of a fine-tuned model, without training.
 
@@ -290,6 +294,7 @@ def evaluate(
     template: Template = "auto",
     seed: int = 0,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> EvaluateResult:
     """Measures harmful score, over-refusal and fine-tune accuracy of a model, with intervals.
 
