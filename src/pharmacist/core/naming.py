@@ -29,7 +29,7 @@ def by_arguments(text: str) -> str:
 
 
 def worded(text: str) -> str:
-    """A message as those read it who called."""
+    """A message in the notation of whoever called."""
     return by_arguments(text) if _BY_ARGUMENTS.get() else text
 
 
