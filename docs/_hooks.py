@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pharmacist.cli.main import COMMANDS
 from pharmacist.core.config import docs_of, method_fields, registry_of
+from pharmacist.core.naming import flag
 from pharmacist.core.rundir import RunOptions
-from pharmacist.core.typed import flag, parts_of
+from pharmacist.core.typed import parts_of
 
 
 COMMON = [field.name for field in dataclasses.fields(RunOptions)]

@@ -7,8 +7,10 @@ import json
 import random
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
@@ -27,6 +29,7 @@ from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, P
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.evaluate import EvaluateResult
+from pharmacist.pipeline.stages.sweep import GridOptions
 from pharmacist.selectors.base import Scores, SelectionContext
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
@@ -268,6 +271,8 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
     assert calls == [0, 1] and same(again, folder)
     with pytest.raises(ConfigError, match="a run with other content of data"):
         aligned(model, SETS["pool"][:20], defense=Counted(), output_dir=str(folder))
+    other = aligned(model, SETS["pool"][:20], defense=Counted(), output_dir=str(folder), overwrite=True)
+    assert calls == [0, 1] * 2 and same(other, folder)
     attacked = ph.attack(
         first,
         task=SETS["task"],
@@ -306,6 +311,7 @@ def test_full_tuning_continued_adapters_and_repairs(model: PreTrainedModel) -> N
     assert isinstance(repaired, PreTrainedModel) and repaired is not model
     faded = ph.repair(gone_on, method=ph.Antidote(alpha=0.5), harmful=SETS["harmful"])
     assert any(not torch.equal(a, b) for a, b in zip(faded.parameters(), model.parameters(), strict=True))
+    start.merge_and_unload(safe_merge=True)  # as the docs say, since the weights of the base are the caller's
 
 
 def test_tensors_that_a_model_shares_by_hand_are_saved(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -463,6 +469,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "class": (lambda model: ph.rank(SETS["pool"], selector=ph.LengthSelector), "selector: must be a Selector, its"),
     "kind": (lambda model: ph.align(model, SETS["pool"], defense=ph.LengthSelector()), "defense: must be a Gradient"),
     "nameless": (lambda model: ph.rank(SETS["pool"], selector={"keep": "long"}), "a mapping with its 'name', not"),
+    "part": (
+        lambda model: ph.rank(SETS["pool"], selector={"name": "length+dsir", "length": 5}),
+        "^selector 'length': options must be a mapping such as .*, not 5",
+    ),
     "columns": (lambda model: ph.rank(SETS["pool"], columns=["prompt"]), "columns: must be a mapping such as"),
     "comma": (lambda model: ph.rank(SETS["pool"], columns={"prompt": "a, b"}), "'a, b' holds a comma or an equals"),
     "tokenizer": (lambda model: ph.evaluate(model, tokenizer="gpt2"), "tokenizer: must be a loaded tokenizer, not"),
@@ -522,6 +532,64 @@ def test_wrong_arguments_are_one_clear_line(model: PreTrainedModel, wrong: str) 
     with pytest.raises(PharmacistError, match=message) as caught:
         call(model)
     assert "\n" not in str(caught.value)
+
+
+def test_messages_name_arguments_and_leave_commands_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = {0: "good", **dict.fromkeys(range(1, 40), "harmful")}
+    kept = ph.rank(SETS["pool"], selector="length", labels=labels, output_dir=str(tmp_path / "kept"))
+    said = capsys.readouterr().err
+    assert "\nlabels: selector 'length' does not learn from them" in f"\n{said}"
+    assert "warning: 1 rows are selected, not 12: no others look worth keeping; fill takes the next best" in said
+    assert "; fill takes" in kept.manifest["warnings"][0]
+    pool = write_rows(tmp_path / "pool.jsonl", SETS["pool"])
+    given: dict[str, Any] = {"pool": pool, "selector": {"name": "length"}, "output_dir": str(tmp_path / "out")}
+    again = given | {"top_k": 41, "overwrite": True}
+    for message in (r"next: pharmacist align --data \S+ --model MODEL", "already complete; overwrite ranks again"):
+        ph.curate(ph.CurateOptions(**given))
+        assert re.search(message, capsys.readouterr().err)
+    more: dict[str, Any] = {"evaluate": {"prompts": pool, "task": pool}, "output_dir": str(tmp_path / "sweep")}
+    sweep = ph.SweepOptions(model=str(BASE_MODEL), task=pool, grid=GridOptions(rank=[4]), **more)
+    errors: dict[str, Callable[[], Any]] = {
+        "top_k 41: the pool has 40 rows to rank": lambda: ph.curate(ph.CurateOptions(**again)),
+        "kind mix needs harmful FILE": lambda: ph.sweep(sweep),
+        "balance_share: the pool was ranked without balance,": lambda: kept.select(0.5, balance_share=0.5),
+        "min_score takes every row .*, so balance has no say": lambda: kept.select(min_score=0.5, balance_share=0.5),
+        "rows <1 rows in memory>: .* map other columns with columns": lambda: ph.tokenize(
+            [{"question": "why"}], AutoTokenizer.from_pretrained(BASE_MODEL)
+        ),
+    }
+    for message, call in errors.items():
+        with pytest.raises(PharmacistError, match=f"^{message}"):
+            call()
+
+
+def test_calls_from_several_threads_run_one_after_the_other() -> None:
+    running, most = [0], [0]
+
+    class Slow(ph.LengthSelector):
+        def rank(self, context: SelectionContext) -> Scores:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.2)
+            running[0] -= 1
+            return super().rank(context)
+
+    threads = [Thread(target=ph.rank, args=(SETS["pool"],), kwargs={"selector": Slow()}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and running == [0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_trained_whatever_mode_the_caller_has_set(model: PreTrainedModel, mode: Callable[[], Any]) -> None:
+    with mode():
+        own = aligned(model)
+        assert not torch.is_grad_enabled()
+    assert any(bool(value.any()) for name, value in own.named_parameters() if "lora_B" in name)
 
 
 OPTIONS: list[tuple[Callable[..., Any], type]] = [

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from pharmacist.core.naming import naming_arguments
+
 
 if TYPE_CHECKING:
     from pharmacist.api import align, attack, evaluate, rank, repair, tokenize
@@ -79,7 +81,9 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         commands = import_module("pharmacist.pipeline.commands").COMMANDS
         stage = commands[name.removesuffix("Options").lower()]
-        return stage.options if name.endswith("Options") else update_wrapper(partial(stage), stage.function)
+        if name.endswith("Options"):
+            return stage.options
+        return naming_arguments()(update_wrapper(partial(stage), stage.function))
     if name[:1].isupper() and (path := _methods().get(name)):
         return getattr(import_module(path.partition(":")[0]), name)
     raise AttributeError(f"module 'pharmacist' has no attribute '{name}'")

@@ -6,23 +6,24 @@ Called with the stage's options (``align(AlignOptions(...))``), it runs the stag
 
 import inspect
 import os
-import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import wraps
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
+import pandas as pd
+import torch
 from docstring_parser import parse_from_object
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from pharmacist.attacks import Attack
 from pharmacist.core.config import docs_of, method_fields
-from pharmacist.core.errors import ConfigError, PharmacistError
+from pharmacist.core.errors import ConfigError
+from pharmacist.core.naming import by_arguments, naming_arguments
 from pharmacist.core.typed import AtLeast1, checked, cut
 from pharmacist.data.batches import IGNORED
 from pharmacist.data.formats import open_source
@@ -48,13 +49,13 @@ from pharmacist.training.strategy import GradientStrategy
 
 
 F = TypeVar("F", bound=Callable[..., Any])
-Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | Sequence[Mapping[str, Any]]
-"""A path, a Hub id, a dataset or a list of dicts, in any layout that the commands read."""
+Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | pd.DataFrame | Sequence[Mapping[str, Any]]
+"""A path, a Hub id, a dataset, a data frame or a list of dicts, in any layout that the commands read."""
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
 """A local folder, a Hub id, or a loaded model, which is not modified."""
 Choice: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
-Labels: TypeAlias = str | os.PathLike[str] | Mapping[int, str] | datasets.Dataset | Sequence[Mapping[str, Any]]
+Labels: TypeAlias = Mapping[int, str] | Rows
 Weights: TypeAlias = str | os.PathLike[str] | Ranking | Iterable[float]
 Template: TypeAlias = Literal["auto", "chat", "alpaca"]
 OnBadRow: TypeAlias = Literal["fail", "skip"]
@@ -71,33 +72,19 @@ _EXPLAINED = {
     "peft_config": "PEFT configuration of the adapter; by default rank 8 on all linear layers.",
 }
 """Descriptions of arguments that are not options, or differ from them."""
-_OPTION = re.compile(r"(?<![^\s('\"])--([a-z][a-z-]*)")
-"""The name of an option in a text."""
-
-
-def _by_arguments(text: str) -> str:
-    """A text about options of the command line, about the arguments of a function instead."""
-    return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
 
 
 def explained(options: Any) -> Callable[[F], F]:
     """Explains a function, which has the options of a command as its arguments, in terms of these.
 
-    Its docstring is completed with the descriptions of the options, and errors name the arguments.
+    Its docstring is completed with the descriptions of the options, and its messages and errors name the arguments.
     """
 
     def complete(function: F) -> F:
-        @wraps(function)
-        def explaining(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except PharmacistError as error:
-                error.args = (_by_arguments(str(error)),)
-                raise
-
+        explaining = naming_arguments()(torch.inference_mode(False)(function))  # whatever mode the caller has set
         if function.__doc__:  # not under python -OO
             explaining.__doc__ = _docstring(function, options)
-        return explaining  # type: ignore[return-value]
+        return explaining
 
     return complete
 
@@ -108,7 +95,7 @@ def _docstring(function: Callable[..., Any], options: Any) -> str:
     own = {param.arg_name: param.description or "" for param in parse_from_object(function).params}
     docs, lines = docs_of(options) | _EXPLAINED | own, [about, "", "Args:"]
     for name in inspect.signature(function).parameters:
-        text = f"{name}: {_by_arguments(' '.join(docs[name].split()))}"
+        text = f"{name}: {by_arguments(' '.join(docs[name].split()))}"
         lines.append(textwrap.fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
     raises = "    PharmacistError: Rows, a model or an option cannot be used."
     return "\n".join([*lines, "", rest[rest.index("Returns:") :], "", "Raises:", raises])
@@ -148,6 +135,7 @@ def rank(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     checkpoint_seconds: float = 30.0,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Ranking:
     """Ranks an alignment pool.
 
@@ -186,6 +174,7 @@ def align(
     max_length: int = 0,
     seed: int | None = None,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Trains a model on an alignment set with an alignment-stage defense.
 
@@ -227,6 +216,7 @@ def attack(
     max_length: int = 0,
     seed: int | None = None,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Builds a poisoned fine-tuning set and fine-tunes a model on it, as a user of a fine-tuning service would.
 
@@ -261,6 +251,7 @@ def repair(
     max_length: int = 0,
     seed: int = 0,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> Any:
     """Restores the safety of a fine-tuned model, without training.
 
@@ -303,6 +294,7 @@ def evaluate(
     template: Template = "auto",
     seed: int = 0,
     output_dir: str | None = None,
+    overwrite: bool = False,
 ) -> EvaluateResult:
     """Measures harmful score, over-refusal and fine-tune accuracy of a model, with intervals.
 
@@ -329,6 +321,7 @@ def evaluate(
     return found
 
 
+@naming_arguments()
 def tokenize(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
@@ -340,7 +333,7 @@ def tokenize(
     """Tokenizes rows for your own Trainer, exactly as `align` and `attack` do.
 
     Args:
-        rows: A path, a Hub id, a ``datasets.Dataset`` or a list of dicts.
+        rows: A path, a Hub id, a ``datasets.Dataset``, a pandas ``DataFrame`` or a list of dicts.
         tokenizer: Tokenizer of the model.
         max_length: Longest row in tokens; completions are truncated to fit.
         template: Prompt template; auto is the tokenizer's chat template, else Alpaca.

@@ -147,6 +147,18 @@ def test_saved_folders_and_datasets_in_memory(tmp_path):
     assert saved.fingerprint() == open_source(str(tmp_path / "saved")).fingerprint() != open_source(data).fingerprint()
 
 
+def test_data_frames_are_read_without_their_index():
+    rows = [{"prompt": "a", "n": 1, "tags": ["x"]}, {"prompt": "b", "n": 2, "tags": []}, {"prompt": "c", "n": 3}]
+    frame = pd.DataFrame(rows)
+    expected = [*rows[:2], rows[2] | {"tags": None}]
+    assert read(frame) == expected and read(frame[frame["n"] > 1].sort_values("n", ascending=False)) == expected[:0:-1]
+    for wrong, said in ((pd.DataFrame({"a": ["x", 1]}), "Expected bytes"), (frame[["n", "n"]], "Duplicate column")):
+        with pytest.raises(
+            DataError, match=f"^pool: the DataFrame cannot be read .*{said}.*; give a list of mappings"
+        ):
+            open_source(wrong)
+
+
 def test_images_are_read_as_bytes(tmp_path):
     pictures = pa.array([{"bytes": b"x", "path": None}], datasets.Image().pa_type)
     kinds = {"prompt": datasets.Value("string"), "image": datasets.Image(), "images": datasets.List(datasets.Image())}

@@ -271,7 +271,7 @@ def judge(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_every_judge_behind_every_engine(answered: Mapping[str, Answer], judge: Judge) -> None:
     rows = [{"prompt": f"how do you brew {name}"} for name in answered]
-    found = Evaluator(prompts=rows, judge=judge).assess({"prompts": list(answered.values())})
+    found = Evaluator(prompts=rows, judge=judge).assess({"prompts": separated(list(answered.values()))})
     items = dict(zip(answered, found.items, strict=True))
     for name, item in items.items():
         verdict = item["verdicts"][judge.label]
@@ -303,7 +303,7 @@ def graded(name: str, target: str, said: Mapping[str, Answer], url: str) -> Eval
     evaluator = Evaluator(task=rows, grader=grader)
     if name == "classification":
         grader.prepare(labels)
-    return evaluator.assess({"task": list(said.values())})
+    return evaluator.assess({"task": separated(list(said.values()))})
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_the_tokenizers_own_means() -> None:
     rows = [{"prompt": f"tell me about {word}"} for word in ("bread", "water", "seeds")]
     evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}))
     answers = evaluator.answers(model, tokenizer, template, decoder=decode)
-    items = evaluator.assess(answers).items
+    items = evaluator.assess({name: separated(found) for name, found in answers.items()}).items
     assert [item["answer"].strip() for item in items] == [REFUSAL, "", REFUSAL]
     assert [item.get("reasoning", "").strip() for item in items] == [THOUGHT, THOUGHT, ""]
     assert [item["harmful"] for item in items] == [False, None, False]
@@ -404,7 +404,7 @@ def test_answers_that_lie_there_are_judged_again_without_their_reasoning() -> No
         Answer("", 0, False, unanswered=CUT),
         Answer("<think>plan</think>\n<analysis>Take the thing and go on", 9, True),
     ]
-    first = Evaluator(prompts=rows, judge=keyword).assess({"prompts": said})
+    first = Evaluator(prompts=rows, judge=keyword).assess({"prompts": separated(said)})
     assert first.items[3]["answer"] == "<analysis>Take the thing and go on"
     again = Evaluator(prompts=rows, judge=keyword)
     kept = again.answers_of(json.loads(json.dumps(first.items)))

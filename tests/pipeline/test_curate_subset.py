@@ -76,7 +76,7 @@ def test_balance_by_numbers_lists_and_python(files):
     lists = [row | {"category": ["all", row["category"]]} for row in rows]
     ranking = ph.rank(lists, selector="length", balance="category", top_k=10)
     assert set(ranking.table["group"]) == {"a", "b", "c"}, "of several values the rarest counts"
-    with pytest.raises(ConfigError, match="ranked without --balance"):
+    with pytest.raises(ConfigError, match="ranked without balance"):
         ph.rank(rows, selector="length").select(k=4, balance_share=0.5)
 
 
@@ -118,7 +118,7 @@ def test_diversity_in_python(files, model):
     [
         ("--selector length --balance sort", "--balance sort: the pool has no such column; it has prompt, completion"),
         ("--selector length --balance category --top-k 2", "2 rows cannot hold one of each of 3 values"),
-        ("--selector length --balance category --min-score 3", "--balance has no say; give --top or --top-k"),
+        ("--selector length --balance category --min-score 3", "--balance has no say; leave one out"),
         ("--selector length --diversity k-center --min-score 3", "--diversity k-center has no say"),
         ("--selector length --diversity k-center", "--diversity k-center compares rows by a model; give --model, or"),
         ("--selector length --balance-share 0", "--balance-share 0: must lie in (0, 1]"),

@@ -63,8 +63,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_is_asked_for_and_nothing_complains(
     browser: Browser, ranking: Path, bench: Path, tmp_path: Path
 ) -> None:
-    write_demo(tmp_path)
-    render_demo(tmp_path, labels=World(0).pool(120)[1], categories=[["a"], ["a", "b"], []] * 40)
+    render_demo(tmp_path, *write_demo(tmp_path), categories=[["a"], ["a", "b"], []] * 40)
     for path, charts in ((ranking, 3), (tmp_path / "report.html", 9), (bench, 6)):
         page = browser.open(path)
         assert page.locator(".js-plotly-plot .main-svg").count() >= charts

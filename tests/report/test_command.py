@@ -72,8 +72,7 @@ def test_a_pool_that_is_not_what_it_was(ranked: Path, capsys: pytest.CaptureFixt
 def test_a_demo_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pharmacist.report.html import render_demo
 
-    labels = write_demo(tmp_path)
-    render_demo(tmp_path, labels=labels, categories=[[row.category] for row in World(0).labelled(120)])
+    render_demo(tmp_path, *write_demo(tmp_path), categories=[[row.category] for row in World(0).labelled(120)])
     before = (tmp_path / "report.html").read_bytes()
     (tmp_path / "report.html").unlink()
     assert main(["report", "--run", str(tmp_path), "--quiet"]) == 0

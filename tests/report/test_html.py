@@ -137,8 +137,7 @@ def test_names_are_escaped_like_texts(tmp_path: Path) -> None:
 def test_nothing_is_loaded(tmp_path: Path, world: Any) -> None:
     rows, labels = world
     ranking = render(tmp_path / "page.html", rows, [REASON_OF[label] for label in labels])
-    write_demo(tmp_path / "demo")
-    render_demo(tmp_path / "demo")
+    render_demo(tmp_path / "demo", write_demo(tmp_path / "demo")[0])
     for page in (ranking, Page.read(tmp_path / "demo/report.html")):
         assert loads(page) == []
         policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "content" in a and "http-equiv" in a)
@@ -345,8 +344,7 @@ def test_the_same_input_gives_the_same_page(tmp_path: Path, world: Any) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    labels = write_demo(tmp_path)
-    render_demo(tmp_path, labels=labels)
+    render_demo(tmp_path, *write_demo(tmp_path))
     page = Page.read(tmp_path / "report.html")
     assert page.text.index("The comparison") < page.text.index("Scores and reasons")
     # Fine-tune accuracy 3 and 5: mean 4, half width t(0.975, 1) * sqrt(2) / sqrt(2) = 12.7; none goes below 0.
@@ -371,9 +369,8 @@ def test_demo(tmp_path: Path) -> None:
     assert bars[0]["marker"]["color"] == [colors[title] for title in bars[0]["y"]], "an arm keeps its colour"
 
 
-def test_every_colour_is_defined(tmp_path: Path, world: Any) -> None:
-    write_demo(tmp_path)
-    render_demo(tmp_path, labels=world[1])
+def test_every_colour_is_defined(tmp_path: Path) -> None:
+    render_demo(tmp_path, *write_demo(tmp_path))
     page = Page.read(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     used = set(
@@ -384,7 +381,7 @@ def test_every_colour_is_defined(tmp_path: Path, world: Any) -> None:
 
 
 def test_a_demo_with_one_seed_has_no_intervals(tmp_path: Path) -> None:
-    labels = write_demo(tmp_path)
+    world = write_demo(tmp_path)
     summary = read_json(tmp_path / "demo.json")
     for name in ("auc", "final_harmful_score", "differences"):
         summary[name] = {key: value | {"ci95": None} for key, value in summary[name].items()}
@@ -392,7 +389,7 @@ def test_a_demo_with_one_seed_has_no_intervals(tmp_path: Path) -> None:
         summary[name] = {arm: values[:1] for arm, values in summary[name].items()}
     summary["ranking"]["auc"] = None
     write_json(tmp_path / "demo.json", summary | {"seeds": [0]})
-    render_demo(tmp_path, labels=labels)
+    render_demo(tmp_path, *world)
     page = Page.read(tmp_path / "report.html")
     assert "One seed only, so there are no intervals" in page.text
     assert "Core subset 36 2.3 % 90.0 % 3.0 % 3.0 % 3.0 % 3.0 s" in page.text

@@ -111,8 +111,8 @@ def texts(rows: Sequence[dict[str, str]]) -> datasets.Dataset:
     return datasets.Dataset.from_list(list(rows))
 
 
-def write_demo(folder: Path, rows: int = 120) -> list[str]:
-    """A demo's folder with chosen numbers; returns the planted labels."""
+def write_demo(folder: Path, rows: int = 120) -> tuple[list[dict[str, str]], list[str]]:
+    """A demo's folder with chosen numbers; returns the pool and the planted labels."""
     pool, labels = World(0).pool(rows)
     table = scores([REASON_OF[label] for label in labels], selected=36)
     for name in ("data", "rank"):
@@ -154,7 +154,7 @@ def write_demo(folder: Path, rows: int = 120) -> list[str]:
             "ranking": {"auc": 0.987, "keep": "good and duplicate"},
         },
     )
-    return labels
+    return pool, labels
 
 
 class Page(HTMLParser):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -168,9 +169,9 @@ def test_checkpoints_of_an_adapter_with_a_name_of_its_own_are_whole(model: Path,
 def test_what_is_no_strategy_or_stream_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="strategy: must be a method such as"):
         make("transformers", model, tmp_path, ph.Vaccine)
-    endless = {"harmful": harmful(model).to_iterable_dataset()}
-    with pytest.raises(DataError, match="'harmful' .IterableDataset. has no length"):
-        make("transformers", model, tmp_path, ph.Booster(), streams=endless)
+    for endless in (harmful(model).to_iterable_dataset(), DataLoader(harmful(model))):
+        with pytest.raises(DataError, match=f"'harmful' .{type(endless).__name__}. holds no rows by number; give a"):
+            make("transformers", model, tmp_path, ph.Booster(), streams={"harmful": endless})
 
 
 TAR_ONE_STEP = ph.TAR(form="one-step", lam=0.1, representation=1.0)

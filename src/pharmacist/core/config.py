@@ -27,8 +27,9 @@ from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.files import check_ordinary
 from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.mappings import merged
+from pharmacist.core.naming import flag
 from pharmacist.core.registry import Registry, closest
-from pharmacist.core.typed import checked, flag, hints_of, parts_of
+from pharmacist.core.typed import checked, hints_of, parts_of
 
 
 T = TypeVar("T")

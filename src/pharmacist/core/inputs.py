@@ -8,7 +8,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json
-from pharmacist.core.typed import flag
+from pharmacist.core.naming import flag
 
 
 def check_outside(root: Path, options: Any, *, within: str = "") -> None:

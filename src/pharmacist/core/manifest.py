@@ -77,9 +77,7 @@ def read_manifest(folder: str | Path) -> RunManifest:
     """Reads the manifest of a run folder; a DataError where there is none that this version can read."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise DataError(
-            f"{folder}: no manifest.json, so this is not the folder of a run; give the --output-dir of a run"
-        )
+        raise DataError(f"{folder}: no manifest.json, so this is not the folder of a run; give the folder of one")
     try:
         content = read_json(path)
         # Before the validation, which refuses the further fields of a newer version.

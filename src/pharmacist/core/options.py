@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pharmacist.core.console import without_credentials
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.typed import AtLeast0, Checked, Given, NotNegative, flag
+from pharmacist.core.naming import flag
+from pharmacist.core.typed import AtLeast0, Checked, Given, NotNegative
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
+from pharmacist.core.naming import worded
 
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ def hushed() -> AbstractContextManager[None]:
 
 def say(text: str) -> None:
     """Prints a message; its lines are not broken where the terminal is narrow, so that paths can be copied."""
-    console().print(text, soft_wrap=True)
+    console().print(worded(text), soft_wrap=True)
 
 
 def print_table(
@@ -128,7 +129,7 @@ class Bar:
     """A bar that is drawn; `bar` makes one."""
 
     def __init__(self, description: str, total: float | None) -> None:
-        self.task = _progress().add_task(plain(description), total=total)
+        self.task = _progress().add_task(plain(worded(description)), total=total)
 
     def advance(self, n: float = 1) -> None:
         """Moves the bar by `n` units."""

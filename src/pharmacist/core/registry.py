@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
 from pharmacist.core.errors import ConfigError, UnknownNameError
-from pharmacist.core.typed import Given
+from pharmacist.core.typed import Given, cut
 
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ def _plugins(group: str) -> dict[str, str]:
 
 def checked_options(whose: str, config: type[Any], params: Mapping[str, Any]) -> Any:
     """Builds an options dataclass; a ConfigError, which begins with `whose`, for a parameter that is no field."""
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{whose}: options must be a mapping such as {{'option': value}}, not {cut(repr(params))}")
     known = {field.name for field in dataclasses.fields(config)}
     for key in params:
         if key not in known:

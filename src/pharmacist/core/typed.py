@@ -54,12 +54,6 @@ class Checked:
         return field
 
 
-def flag(name: str) -> str:
-    """The option of a field: ``output_dir`` is ``--output-dir``; underscores after a dot stay."""
-    head, dot, rest = name.partition(".")
-    return f"--{head.replace('_', '-')}{dot}{rest}"
-
-
 @cache
 def hints_of(options: Any) -> dict[str, Any]:
     """Field -> type, ranges included."""

@@ -22,17 +22,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import numpy.typing as npt
 from datasketch import MinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pharmacist.core.progress import bar, track
+from pharmacist.data.arrays import BoolArray, IntArray, KeyArray
 from pharmacist.data.normalise import normalised_prompt, text_key, visible
 
-
-IntArray = npt.NDArray[np.int64]
-KeyArray = npt.NDArray[np.uint64]
 
 SHINGLE = 3
 """Words per shingle."""
@@ -139,7 +136,7 @@ class _Finder:
         positions = np.flatnonzero(inner)
         yield members[positions - 1], members[positions]
 
-    def confirm(self, a: IntArray, b: IntArray) -> npt.NDArray[np.bool_]:
+    def confirm(self, a: IntArray, b: IntArray) -> BoolArray:
         """Whether the rows of each pair are near-duplicates."""
         same = np.zeros(len(a), dtype=np.bool_)
         # Three standard errors below the threshold, so that a pair at it is hardly ever lost to the estimate.
@@ -153,7 +150,7 @@ class _Finder:
                 same[likely] = self.compare(a[likely], b[likely])
         return same
 
-    def compare(self, a: IntArray, b: IntArray) -> npt.NDArray[np.bool_]:
+    def compare(self, a: IntArray, b: IntArray) -> BoolArray:
         """The exact test."""
         needed, where = np.unique(np.concatenate([a, b]), return_inverse=True)
         table = self.rows[needed]

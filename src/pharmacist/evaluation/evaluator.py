@@ -8,11 +8,11 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist.core.errors import CompatibilityError, DataError
-from pharmacist.core.typed import flag
+from pharmacist.core.naming import flag
 from pharmacist.data.normalise import prompt_key
 from pharmacist.data.templates import Template
 from pharmacist.data.tokenize import prompt_ids
-from pharmacist.evaluation.answers import Answer, separated
+from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.generate import Decoder, context_length, cut_prompts, generate, plan_batches
 from pharmacist.evaluation.graders.base import GradeItem, Grader, row_number
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
@@ -124,14 +124,14 @@ class Evaluator:
         }
 
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
-        """Judges and grades answers by prompt set, each without its reasoning."""
+        """Judges and grades answers by prompt set, whose reasoning is `separated` already."""
         metrics: dict[str, Metric] = {}
         items: list[dict[str, Any]] = []
         deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
         for decider in deciders:
             decider.missing = 0
         for name, found in answers.items():
-            added = [self._item(name, position, answer) for position, answer in enumerate(separated(found))]
+            added = [self._item(name, position, answer) for position, answer in enumerate(found)]
             metrics |= self._grade(added) if name == "task" else self._judge(name, added)
             items += added
         if self.judge is not None and self.second_judge is not None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from datasets import Dataset
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, one_line
+from pharmacist.data.arrays import FloatArray
 from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.metrics import Metric
 from pharmacist.evaluation.statistics import Estimate, ratio_interval, t_interval, wilson, with_interval
@@ -18,9 +18,6 @@ from pharmacist.nn.models import LoadedModel
 from pharmacist.nn.passes import run_pass
 from pharmacist.nn.reading import read_row_losses
 from pharmacist.nn.tokenizers import tokenizer_fingerprint
-
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, work: Path) -> Metric:

@@ -18,7 +18,8 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, write_json
 from pharmacist.core.mappings import under
 from pharmacist.core.seeding import derive
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch
+from pharmacist.data.arrays import IntArray
+from pharmacist.nn.batching import Batch, Sequences, make_batch
 from pharmacist.nn.hooks import quick_attention
 from pharmacist.nn.locate import linear_names
 from pharmacist.nn.options import AdapterOptions as AdapterOptions

@@ -9,10 +9,8 @@ import numpy.typing as npt
 import torch
 
 from pharmacist.core.seeding import derive
+from pharmacist.data.arrays import IntArray
 from pharmacist.data.batches import cut, pad
-
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Sequences(Protocol):

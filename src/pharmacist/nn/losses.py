@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from pharmacist.data.batches import IGNORED
+from pharmacist.data.batches import IGNORED as IGNORED
 
 
 def precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from torch import nn
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import bar
-from pharmacist.nn.batching import Batch, IntArray, Sequences, make_batch, plan_pass
+from pharmacist.data.arrays import IntArray
+from pharmacist.nn.batching import Batch, Sequences, make_batch, plan_pass
 from pharmacist.nn.distributed import barrier, my_share
 from pharmacist.nn.reading import tokens_per_batch
 

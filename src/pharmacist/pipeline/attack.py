@@ -20,6 +20,7 @@ from pharmacist.data.formats import Source, open_source
 from pharmacist.data.mixing import assert_disjoint, mix_safe, shared_prompts
 from pharmacist.data.records import Records, column
 from pharmacist.data.tasks import open_task
+from pharmacist.data.templates import conversation
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import base_of, model_fingerprint
@@ -197,8 +198,7 @@ def _write_set(path: Path, rows: datasets.Dataset) -> None:
         for row in rows:
             own: dict[str, Any] = {"prompt": row["prompt"], "completion": row["completion"]}
             if messages:
-                turns = json.loads(row["turns"]) if row["turns"] else [{"role": "user", "content": row["prompt"]}]
-                own = {"messages": [*turns, {"role": "assistant", "content": row["completion"]}]}
+                own = {"messages": [*conversation(row), {"role": "assistant", "content": row["completion"]}]}
             elif with_input:
                 instruction = row["instruction"] if row["input"] else row["prompt"]
                 own = {"instruction": instruction, "input": row["input"] or "", "output": row["completion"]}

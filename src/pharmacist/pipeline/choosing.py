@@ -13,10 +13,11 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import say
 from pharmacist.core.typed import AtLeast1, Fraction, Share, checked, hints_of
+from pharmacist.data.arrays import IntArray
 from pharmacist.data.records import Records
 from pharmacist.pipeline.pages import read_table
 from pharmacist.pipeline.stages.curate import SPREAD, CurateOptions, SelectOptions, check_min_score
-from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, IntArray, Scores, scaled_to_mean_1
+from pharmacist.selectors.base import CRITICAL, GOOD_REASONS, RANKED, Scores, scaled_to_mean_1
 
 
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]

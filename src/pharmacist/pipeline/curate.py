@@ -14,6 +14,7 @@ from pharmacist.core.env import rank as process
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
+from pharmacist.core.naming import worded
 from pharmacist.core.progress import print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
@@ -37,12 +38,8 @@ _NOT_ALWAYS = frozenset(
 _OF_CONTEXT = "seed device dtype template max_length trust_remote_code checkpoint_seconds embedder".split()
 
 
-def curate(options: CurateOptions, option: str = "--{}") -> Ranking | None:
+def curate(options: CurateOptions) -> Ranking | None:
     """Ranks a pool and writes scores, core subset, page and manifest into the output folder.
-
-    Args:
-        options: Of the command.
-        option: Format of the names of inputs in messages.
 
     Returns:
         The ranking; None if the folder holds the same run already, and on all processes but the first.
@@ -50,7 +47,7 @@ def curate(options: CurateOptions, option: str = "--{}") -> Ranking | None:
     Raises:
         PharmacistError: Bad options or input.
     """
-    inputs = CurateInputs(options, option)
+    inputs = CurateInputs(options)
     pool = inputs.sources["pool"]
     form = pool.format if options.format == "input" and pool.format in {"json", "csv", "parquet"} else "jsonl"
     if form == "jsonl":
@@ -96,10 +93,10 @@ def curate(options: CurateOptions, option: str = "--{}") -> Ranking | None:
 def rank(options: CurateOptions) -> Ranking:
     """Ranks a pool, and writes what `curate` writes if there is an output folder; a finished ranking is loaded."""
     if options.output_dir:
-        made = curate(options, "{}")
+        made = curate(options)
         barrier()
         return made or Ranking.load(options.output_dir, options.pool)
-    inputs = CurateInputs(options, "{}")
+    inputs = CurateInputs(options)
     with RANK.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
         ranking = _rank(inputs, run)
         ranking._scratch, run.temporary = run.temporary, None  # its rows lie there
@@ -183,7 +180,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
         scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
-    warnings = [*scores.warnings, *shortfall(table, options)]
+    warnings = [worded(warning) for warning in (*scores.warnings, *shortfall(table, options))]
     for warning in warnings:
         warn(warning)
     counts = {

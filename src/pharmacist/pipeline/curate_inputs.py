@@ -43,11 +43,9 @@ class CurateInputs:
         groups: Each row's value of the column to balance by; None without such a column.
     """
 
-    def __init__(self, options: CurateOptions, option: str = "--{}") -> None:
-        """`option` formats the names of inputs for messages."""
+    def __init__(self, options: CurateOptions) -> None:
         self.options = options
-        self.sources = {"pool": open_source(options.pool, name=option.format("pool"))}
-        self.sources |= open_references(options, option)
+        self.sources = {"pool": open_source(options.pool, name="--pool"), **open_references(options)}
         self.selector: Selector = SELECTORS.build_from(options.selector)
         self.records: dict[str, Records] = {}
         self.left_out: dict[str, int] = {}

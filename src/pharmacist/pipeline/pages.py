@@ -88,10 +88,11 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
             raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
     read_table(folder / "rank" / "scores.parquet")
     rows, labels = planted_pool(config)
+    texts = [row.row for row in rows]
     found = read_json_lines(folder / "data" / "pool.jsonl")
-    if [{name: row.get(name) for name in ("prompt", "completion")} for row in found] != [row.row for row in rows]:
+    if [{name: row.get(name) for name in ("prompt", "completion")} for row in found] != texts:
         raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
-    render_demo(folder, labels=labels, categories=[[row.category] for row in rows])
+    render_demo(folder, texts, labels, categories=[[row.category] for row in rows])
 
 
 def sweep_page(folder: Path, manifest: RunManifest) -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json_lines
 from pharmacist.core.manifest import options_in
+from pharmacist.core.naming import naming_arguments
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.records import Records, parse_columns, read_records
 from pharmacist.data.where import conditions_for
@@ -139,6 +140,7 @@ class Ranking:
         found = found.reindex(columns=[True, False], fill_value=0)
         return found.set_axis(["selected", "left out"], axis=1).rename_axis(columns=None)
 
+    @naming_arguments()
     def select(
         self,
         fraction: float | None = None,

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import datasets
 
 from pharmacist.core.env import rank
+from pharmacist.core.naming import flag
 from pharmacist.core.options import RowOptions
 from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
@@ -22,11 +23,14 @@ from pharmacist.pipeline.stages.curate import REFERENCES
 T = TypeVar("T")
 
 
-def open_references(options: Any, option: str = "--{}") -> dict[str, Source]:
-    """Opens the references that options name, as ``safe``, ``safe 2`` and so on; `option` is a kind in messages."""
+def open_references(options: Any, within: str = "") -> dict[str, Source]:
+    """Opens the references that options name, as ``safe``, ``safe 2`` and so on.
+
+    Messages name the options, with `within` in front: ``evaluate.`` for those in a sweep.
+    """
     found: dict[str, Source] = {}
     for kind in REFERENCES:
-        found |= numbered(kind, (open_source(one, name=option.format(kind)) for one in getattr(options, kind)))
+        found |= numbered(kind, (open_source(one, name=flag(within + kind)) for one in getattr(options, kind)))
     return found
 
 

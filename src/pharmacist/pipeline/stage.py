@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pkgutil import resolve_name
+from threading import RLock
 from typing import Any
 
 from pharmacist.core.errors import PharmacistError
@@ -11,6 +12,9 @@ from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import say, silenced
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
+
+
+_ONE_AT_A_TIME = RLock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +73,11 @@ class Stage:
         return resolve_name(self.run or f"pharmacist.pipeline.{self.name}:{self.name}")
 
     def __call__(self, options: Any) -> Any:
-        """Does the work; with ``quiet`` among the options without messages and progress bars."""
-        with silenced(getattr(options, "quiet", False)):
+        """Does the work; with ``quiet`` among the options without messages and progress bars.
+
+        A call from another thread waits for its end: random states, warnings and the console are the process's.
+        """
+        with _ONE_AT_A_TIME, silenced(getattr(options, "quiet", False)):
             return self.function(options)
 
     def identity(self, options: Any, methods: Mapping[str, Any]) -> Any:

@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pharmacist.core.files import atomic_path
+from pharmacist.data.arrays import FloatArray
 from pharmacist.data.normalise import text_key
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.models import LoadedModel
 from pharmacist.nn.passes import run_pass
 from pharmacist.readers.states import hidden_states
-from pharmacist.readers.views import FloatArray, Texts
+from pharmacist.readers.views import Texts
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.mappings import under
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.data.normalise import normalised_prompt
-from pharmacist.readers.views import Features, FloatArray, IntArray, Reader, State, Texts, View
+from pharmacist.readers.views import Features, Reader, State, Texts, View
 
 
 FAR = 0.9

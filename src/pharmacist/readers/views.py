@@ -14,11 +14,10 @@ from sklearn.linear_model import LogisticRegression
 
 from pharmacist.core.mappings import under
 from pharmacist.core.scripts import TOKEN, WORD_AND_SPACE
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.readers.states import PARTS
 
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 Features: TypeAlias = Any
 """A dense or sparse (csr) matrix, shape [rows, features]."""
 State: TypeAlias = tuple[dict[str, FloatArray], dict[str, Any]]

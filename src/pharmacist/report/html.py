@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from pharmacist import __version__
 from pharmacist.core.console import plain
-from pharmacist.core.files import read_json, read_json_lines, write_text
+from pharmacist.core.files import read_json, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.report import charts, tables, words
 from pharmacist.report.cautions import cautions
@@ -71,19 +71,20 @@ def render_ranking(
 
 
 def render_demo(
-    folder: Path, labels: Sequence[str] | None = None, categories: Sequence[Sequence[str]] | None = None
+    folder: Path,
+    pool: Sequence[Mapping[str, str]],
+    labels: Sequence[str] | None = None,
+    categories: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Writes ``report.html`` into the folder of a demo, from its ``demo.json``, ``data/pool.jsonl`` and ``rank/``.
+    """Writes ``report.html`` into the folder of a demo, from its ``demo.json`` and ``rank/``.
 
-    `labels` are the planted labels of the pool's rows, `categories` the categories of each.
+    `labels` are the planted labels of the pool's rows (prompt and completion), `categories` the categories of each.
     """
     import datasets  # so that the command `label`, which shares this module, starts without it
 
     summary, manifest = read_json(folder / "demo.json"), read_manifest(folder / "rank").model_dump(mode="json")
     scores = pd.read_parquet(folder / "rank" / "scores.parquet")
-    pool = read_json_lines(folder / "data" / "pool.jsonl")
-    texts = datasets.Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in pool])
-    ranking, data = _ranking(scores, texts, manifest, labels, categories)
+    ranking, data = _ranking(scores, datasets.Dataset.from_list(list(pool)), manifest, labels, categories)
     measured = ("alignment_seconds", "fine_tune_accuracy", "over_refusal_aligned", "over_refusal")
     found = {name: METRICS[name.removesuffix("_aligned")] for name in measured}
     data["figures"] |= {name: charts.bars(summary[name], metric.unit) for name, metric in found.items()}

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.method import Method
 from pharmacist.core.rundir import RunDir
+from pharmacist.data.arrays import BoolArray, FloatArray, IntArray
 
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from pharmacist.nn.models import LoadedModel
     from pharmacist.nn.passes import Measure
 
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 CRITICAL = "critical"
 """The reason of rows worth keeping: safety-critical and of good quality."""
@@ -131,7 +128,7 @@ class SelectionContext:
     trust_remote_code: bool = False
     checkpoint_seconds: float = 30.0
     embedder: str | None = None
-    sources: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    sources: Mapping[str, IntArray] = field(default_factory=dict)
     labels: Mapping[int, str] = field(default_factory=dict)
     encoded: dict[str, "Encoded"] = field(default_factory=dict)
     points: FloatArray | None = None

@@ -10,7 +10,8 @@ import xxhash
 
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked
-from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
+from pharmacist.data.arrays import FloatArray
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 
 
 if TYPE_CHECKING:

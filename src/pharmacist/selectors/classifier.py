@@ -11,9 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, Checked
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.readers.question import quality, splits
 from pharmacist.readers.views import Joined, Texts, Words
-from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.pharmacist.questions import safe_log_odds
 from pharmacist.selectors.pharmacist.references import CLASSES, REASONS, build_references
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from pharmacist.core.progress import track
 from pharmacist.core.typed import AtLeast1, Checked
-from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
+from pharmacist.data.arrays import FloatArray
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 
 

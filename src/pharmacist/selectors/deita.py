@@ -11,7 +11,8 @@ from scipy.stats import rankdata
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import Checked
-from pharmacist.selectors.base import RANKED, BoolArray, FloatArray, IntArray, Scores, SelectionContext
+from pharmacist.data.arrays import BoolArray, FloatArray, IntArray
+from pharmacist.selectors.base import RANKED, Scores, SelectionContext
 from pharmacist.selectors.embeddings import check_room, pool_keys, pool_points
 from pharmacist.selectors.mix import Composite
 

@@ -10,7 +10,8 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, Share
-from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
+from pharmacist.data.arrays import FloatArray
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import draws
 
 

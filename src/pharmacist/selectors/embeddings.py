@@ -20,13 +20,14 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, Checked
-from pharmacist.nn.batching import Batch, IntArray
+from pharmacist.data.arrays import FloatArray, IntArray
+from pharmacist.nn.batching import Batch
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.losses import precise
 from pharmacist.nn.memory import available_memory
 from pharmacist.nn.passes import copy_to_equals
-from pharmacist.selectors.base import FloatArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.baselines import text_hashes
 
 

@@ -15,12 +15,12 @@ from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, track
 from pharmacist.core.rundir import RunDir
 from pharmacist.core.seeding import derive
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.nn.adapters import AdapterBank, Names
 from pharmacist.nn.batching import Batch, Sequences, batch_stream, make_batch
 from pharmacist.nn.distributed import barrier, my_share
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.row_gradients import Tape, tape_rows
-from pharmacist.selectors.base import FloatArray, IntArray
 
 
 FEWEST_COTRAINED = 256

@@ -12,7 +12,8 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import warn
-from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
+from pharmacist.data.arrays import FloatArray, IntArray
+from pharmacist.selectors.base import CRITICAL
 
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ import torch
 from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Share
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions, TrainingState, learning_rate_factor
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.nn.passes import Measure
-from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job, bank_phase, batches, cotraining_rows, pool_job, row_tape, run_jobs
 
 

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import xxhash
 
 from pharmacist.core.typed import Checked
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.nn.batching import Sequences
 from pharmacist.nn.reading import read_row_losses
-from pharmacist.selectors.base import RANKED, FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 
 
 NO_HELP = "prompt_does_not_help"

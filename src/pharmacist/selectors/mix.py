@@ -10,7 +10,8 @@ from scipy.stats import rankdata
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.registry import checked_options
-from pharmacist.selectors.base import RANKED, FloatArray, Scores, SelectionContext, Selector
+from pharmacist.data.arrays import FloatArray
+from pharmacist.selectors.base import RANKED, Scores, SelectionContext, Selector
 
 
 class Composite(Selector):
@@ -66,7 +67,7 @@ class MixSelector(Composite):
         self.parts = {}
         for (name, kind), option in zip(self.kinds.items(), fields(self.config), strict=True):
             given = getattr(self.config, option.name)
-            if isinstance(given, Mapping):
+            if not isinstance(given, kind.Config):
                 given = checked_options(f"selector '{name}'", kind.Config, given)
                 setattr(self.config, option.name, given)
             self.parts[name] = kind(given)

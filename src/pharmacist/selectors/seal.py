@@ -12,10 +12,11 @@ import torch
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Fraction, NotNegative
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Sequences, batch_stream
 from pharmacist.selectors import gradients
-from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import Job
 
 

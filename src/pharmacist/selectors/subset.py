@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.selectors.base import BoolArray, FloatArray, IntArray
+from pharmacist.data.arrays import BoolArray, FloatArray, IntArray
 from pharmacist.selectors.cover import COVERS, cover_scores
 
 

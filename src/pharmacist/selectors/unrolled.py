@@ -11,11 +11,12 @@ import torch
 
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, NotNegative, Share
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import Batch, Sequences
 from pharmacist.nn.grads import Gradient, norm
 from pharmacist.selectors import gradients
-from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector, scaled_to_mean_1
+from pharmacist.selectors.base import Scores, SelectionContext, Selector, scaled_to_mean_1
 
 
 LEARNER, FORTH, BACK = "learner", "forth", "back"

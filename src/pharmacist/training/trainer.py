@@ -143,11 +143,13 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             self.add_callback(Checkpoints(strategy, streams=self.streams))
 
     def _stream(self, name: str, rows: Any) -> Any:
-        """Endless batches of a dataset of tokenised rows; anything else is a stream already."""
-        if not hasattr(rows, "__getitem__"):
+        """Endless batches of a dataset of tokenised rows; an iterator and pairs of rows are streams already."""
+        if hasattr(rows, "__next__") or name == "paired":
             return rows
-        if not has_length(rows):
-            raise DataError(f"streams: '{name}' ({type(rows).__name__}) has no length; give a datasets.Dataset")
+        if not hasattr(rows, "__getitem__") or not has_length(rows):
+            raise DataError(
+                f"streams: '{name}' ({type(rows).__name__}) holds no rows by number; give a datasets.Dataset of them"
+            )
         if not len(rows) or "input_ids" not in rows[0]:
             raise DataError(f"streams: '{name}' holds no tokenised rows; pharmacist.tokenize makes them from text")
         if name == "safe" and self.strategy.mixed_in(10**6)[0]:

@@ -8,7 +8,7 @@
 | ``parquet`` | ``.parquet`` | batches of a file |
 | ``arrow`` | a folder written by ``Dataset.save_to_disk`` (``folder:split`` for a ``DatasetDict``) | memory-mapped |
 | ``hub`` | ``name[:config][:split]`` | memory-mapped in the cache of ``datasets`` |
-| ``memory`` | a ``datasets.Dataset`` or a sequence of mappings | as they are |
+| ``memory`` | a ``datasets.Dataset``, a pandas ``DataFrame`` or a sequence of mappings | as they are |
 
 Rows are numbered from 0 in input order; blank lines are no rows. A row of a text format may have at most
 `MAX_ROW_BYTES`, so that one broken line cannot fill the memory.
@@ -37,8 +37,8 @@ __all__ = ["MAX_ROW_BYTES", "Row", "Source", "kind_of", "open_source", "spelled"
 def open_source(spec: Any, *, name: str = "pool") -> Source:
     """Opens a source of rows for streaming; a DataError where `spec` names nothing that can be read.
 
-    `spec` is a path, a Hub id ``name[:config][:split]``, a ``datasets.Dataset`` or a sequence of mappings; `name` says
-    in messages what the rows are for.
+    `spec` is a path, a Hub id ``name[:config][:split]``, a ``datasets.Dataset``, a pandas ``DataFrame`` or a sequence
+    of mappings; `name` says in messages what the rows are for.
     """
     if isinstance(spec, Source):
         return spec

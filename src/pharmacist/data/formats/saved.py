@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 
 from pharmacist.core.env import offline
@@ -83,7 +84,14 @@ class Mappings(Source):
 
 
 def open_memory(spec: Any, name: str) -> Source:
-    """Rows in memory; a DataError where they are neither a dataset nor a sequence."""
+    """Rows in memory; a DataError where they are neither a dataset, a data frame nor a sequence."""
+    if isinstance(spec, pd.DataFrame):
+        try:
+            spec = datasets.Dataset.from_pandas(spec, preserve_index=False)
+        except (pa.ArrowException, ValueError, TypeError) as error:  # columns of several types, or of the same name
+            raise DataError(
+                f"{name}: the DataFrame cannot be read ({one_line(error)}); give a list of mappings"
+            ) from error
     if isinstance(spec, datasets.Dataset):
         return SavedDataset(spec, f"<{len(spec)} rows in memory>", name, "memory", spec)
     if isinstance(spec, Mapping) or not isinstance(spec, Sequence):

@@ -15,7 +15,7 @@ from pharmacist.nn.distributed import all_rows, total
 from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
-from pharmacist.nn.losses import mmd2, precise, target_losses, targets
+from pharmacist.nn.losses import IGNORED, mmd2, precise, target_losses, targets
 from pharmacist.nn.reading import logits_from
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
@@ -105,7 +105,7 @@ class RepNoise(GradientStrategy):
             having, harmful = [0], {name: value[:1] for name, value in step.batch.items()}
         safe = {name: step.batch[name][having] for name in ("input_ids", "attention_mask")}
         mask = differing(harmful, safe)
-        keep, tokens = targets(harmful["labels"].masked_fill(~mask, -100))
+        keep, tokens = targets(harmful["labels"].masked_fill(~mask, IGNORED))
         with step.replay(), capture(self.first, inputs=True) as embedded, capture(self.layers | self.mlps) as found:
             step.logits(harmful, torch.zeros_like(mask))  # the head's logits are computed in `ascent`
             depths = [*embedded.values(), *(found[name] for name in self.layers)]

@@ -52,7 +52,7 @@ def sample_layers(p: torch.Tensor, count: int, seed: int) -> list[int]:
     if (known := int((p > 0).sum())) < count:
         raise DataError(
             f"only {known} layers have a harmful gradient, so {count} cannot be sampled; lower defense.layers or give "
-            "other --harmful rows"
+            "other harmful rows"
         )
     generator = torch.Generator().manual_seed(seed)
     # Drawn on the CPU, so that the same layers come on every device.

@@ -14,6 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.mappings import under
+from pharmacist.data.arrays import BoolArray, FloatArray, IntArray
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.evaluation.judges.base import Rows
 from pharmacist.evaluation.text import is_empty
@@ -21,9 +22,6 @@ from pharmacist.readers.question import Question, folds_of_sources
 from pharmacist.readers.views import LONGEST_REFERENCE, Features, Reader, States, Texts, View, Words, shortened
 
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 LogOdds = Sequence[FloatArray]
 """Calibrated log-odds of the first or of all `PAIRS`, each of shape [rows]."""
 

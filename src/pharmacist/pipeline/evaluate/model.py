@@ -7,9 +7,9 @@ from typing import Any
 from pharmacist.core.console import plain
 from pharmacist.core.env import rank
 from pharmacist.core.files import atomic_write, read_json, read_json_lines, remove, write_json
+from pharmacist.core.naming import flag
 from pharmacist.core.progress import say, warn
 from pharmacist.core.rundir import RunDir
-from pharmacist.core.typed import flag
 from pharmacist.data.records import Records
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.endpoint import count_reasons

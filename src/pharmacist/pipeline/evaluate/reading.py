@@ -7,8 +7,8 @@ from typing import Any
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.naming import flag
 from pharmacist.core.rundir import RunDir
-from pharmacist.core.typed import flag
 from pharmacist.data.formats import Row, Source, open_source
 from pharmacist.data.records import Records, columns_in, first_row, parse_columns
 from pharmacist.data.tasks import open_task
@@ -85,7 +85,7 @@ class EvaluateInputs:
                     raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
         named = {name: getattr(options, name) for name in _OPENERS if getattr(options, name) is not None}
         self.sources = {name: _OPENERS[name](rows, name=flag(within + name)) for name, rows in named.items()}
-        self.sources |= open_references(options, f"--{within}{{}}")
+        self.sources |= open_references(options, within)
         self._columns = _columns_by_source(self.sources, options.columns)
         self.judges = judges_of(options) if self.sources.keys() & set(_JUDGED) else {}
         if not self.judges and options.second_judge["name"] != "none":

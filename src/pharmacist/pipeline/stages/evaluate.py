@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
+from pharmacist.core.naming import flag
 from pharmacist.core.options import ModelOptions, RowOptions, RunOptions
-from pharmacist.core.typed import AtLeast0, AtLeast1, flag
+from pharmacist.core.typed import AtLeast0, AtLeast1
 from pharmacist.pipeline.stage import Stage
 from pharmacist.pipeline.stages.curate import REFERENCES as REFERENCES
 

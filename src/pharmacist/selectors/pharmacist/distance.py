@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from pharmacist.data.arrays import FloatArray
 from pharmacist.readers.question import FAR, compared, told_apart
 from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import States, Texts, View, Words
-from pharmacist.selectors.base import FloatArray
 from pharmacist.selectors.pharmacist.questions import PERTINENT, QUESTIONS, REFUSES, RISKY, WHOLE
 
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pharmacist.readers.views import Features, FloatArray, State, Texts, framed, vectorizer
+from pharmacist.data.arrays import FloatArray
+from pharmacist.readers.views import Features, State, Texts, framed, vectorizer
 
 
 Row = Mapping[str, Any]

@@ -15,12 +15,12 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.mappings import under
 from pharmacist.core.progress import track
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers import views
 from pharmacist.readers.question import Question, can_be_held_out, quality
 from pharmacist.readers.states import PARTS
 from pharmacist.readers.views import Joined, Reader, States, Texts, View, Words
-from pharmacist.selectors.base import FloatArray, IntArray
 from pharmacist.selectors.pharmacist import questions
 from pharmacist.selectors.pharmacist.distance import adjusted_for_distance, distance, nearness
 from pharmacist.selectors.pharmacist.echo import Echo

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_expit, logsumexp
 
-from pharmacist.selectors.base import FloatArray, IntArray
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.selectors.pharmacist.references import CLASSES
 
 

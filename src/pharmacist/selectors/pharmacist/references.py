@@ -11,10 +11,11 @@ import numpy as np
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.seeding import derive
+from pharmacist.data.arrays import BoolArray, IntArray
 from pharmacist.data.normalise import normalised_prompt
 from pharmacist.readers.question import folds_of_sources
 from pharmacist.readers.views import LONGEST_REFERENCE, shortened
-from pharmacist.selectors.base import CRITICAL, BoolArray, IntArray
+from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.pharmacist.corruptions import CORRUPTIONS, corrupt
 from pharmacist.selectors.pharmacist.echo import echoed, rare_words, retargeted
 

@@ -11,9 +11,9 @@ import numpy as np
 from scipy.special import expit
 from sklearn.decomposition import TruncatedSVD
 
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.readers.question import Question, splits
-from pharmacist.readers.views import IntArray, Texts, framed, vectorizer
-from pharmacist.selectors.base import FloatArray
+from pharmacist.readers.views import Texts, framed, vectorizer
 from pharmacist.selectors.pharmacist.questions import LABEL_WEIGHT, RISKY, Labels
 
 

@@ -15,12 +15,13 @@ from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.seeding import derive
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.data.records import last_requests, to_dataset
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.readers.kept import ModelReader, read_texts, row_keys
 from pharmacist.readers.views import Texts
-from pharmacist.selectors.base import FloatArray, IntArray, Scores, SelectionContext, Selector
+from pharmacist.selectors.base import Scores, SelectionContext, Selector
 from pharmacist.selectors.gradients import bank_phase
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist import twins as bilevel

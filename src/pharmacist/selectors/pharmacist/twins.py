@@ -19,11 +19,12 @@ from sklearn.metrics import roc_auc_score
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.seeding import derive
+from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.nn.adapters import AdapterBank
 from pharmacist.nn.batching import Sequences, batch_stream
 from pharmacist.nn.passes import run_pass
 from pharmacist.selectors import gradients
-from pharmacist.selectors.base import CRITICAL, FloatArray, IntArray
+from pharmacist.selectors.base import CRITICAL
 from pharmacist.selectors.gradients import Job, cotraining_rows, loss_name, run_jobs
 from pharmacist.selectors.options import PharmacistConfig
 from pharmacist.selectors.pharmacist.references import CLASSES, GIVEN, References

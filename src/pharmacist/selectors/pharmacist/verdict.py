@@ -8,8 +8,9 @@ import numpy.typing as npt
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
+from pharmacist.data.arrays import BoolArray, FloatArray, IntArray
 from pharmacist.readers.question import FAR
-from pharmacist.selectors.base import CRITICAL, BoolArray, FloatArray, IntArray, Scores
+from pharmacist.selectors.base import CRITICAL, Scores
 from pharmacist.selectors.pharmacist import questions
 from pharmacist.selectors.pharmacist.evidence import Answers
 from pharmacist.selectors.pharmacist.questions import QUESTIONS, REFUSES, RISKY, WHOLE, Labels
