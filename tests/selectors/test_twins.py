@@ -523,6 +523,29 @@ def test_thresholds_and_quality_are_those_of_held_out_references(tmp_path):
     assert own.quality == own.report["held_out_auc"] == pytest.approx(expected)
 
 
+def test_a_second_round_weights_the_rows_that_the_safe_twin_fits_better(tmp_path, monkeypatch):
+    used, original = [], twins.closed_form_jobs
+
+    def jobs(problem, sigma, folder):
+        used.append((problem.pool_rows, sigma))
+        return original(problem, sigma, folder)
+
+    monkeypatch.setattr(twins, "closed_form_jobs", jobs)
+    fitted(tmp_path / "two", rounds=2, tau=0.5)
+    losses = losses_of(fitted(tmp_path / "one").bank, TokenRows(POOL))
+    (_, first), (rows, second), (_, alone) = used
+    weights = np.exp((losses["loss_toxic"] - losses["loss_safe"])[rows] / 0.5)
+    assert (first == 1).all() and (alone == 1).all() and np.ptp(weights) > 0.1
+    np.testing.assert_allclose(second, weights / weights.mean(), rtol=1e-9)
+
+
+def test_the_gradient_solver_ranks_each_row_by_its_own_logit(tmp_path):
+    own, keys = fitted(tmp_path, solver="gradient", cotrain=1.0), TokenRows(POOL).content_keys
+    logits = np.load(tmp_path / "gradient/logits.npy")
+    found = own.ordered(np.zeros(20), keys, tmp_path, 0)
+    assert (found[cotraining_rows(keys, 1.0, 0)] == logits).all() and np.ptp(logits) > 1e-3
+
+
 def test_swapping_references_swaps_the_twins(tmp_path):
     forth, back = fitted(tmp_path / "a"), fitted(tmp_path / "b", safe=HARMFUL, harmful=SAFE)
     x, y = forth.bank.state(TWINS[0]), back.bank.state(TWINS[1])

@@ -104,10 +104,25 @@ def print_table(
     out.print(table, crop=False)
 
 
+_KEPT: list[list[str]] = []
+
+
 def warn(text: str) -> None:
     """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries."""
+    for kept in _KEPT:
+        kept += [plain(text)] if plain(text) not in kept else []
     with _switched(quiet=rank() != 0):
         say(f"warning: {plain(text)}")
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """Collects the warnings that are printed in the block, each once."""
+    _KEPT.append([])
+    try:
+        yield _KEPT[-1]
+    finally:
+        _KEPT.pop()
 
 
 @cache

@@ -14,7 +14,7 @@ from pharmacist.core.env import rank as process
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
-from pharmacist.core.progress import print_table, say, warn
+from pharmacist.core.progress import kept_warnings, print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
@@ -138,7 +138,14 @@ def select(options: SelectOptions) -> Path:
 
 
 def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
-    """Ranks the pool."""
+    """Ranks the pool; what it warns of is noted in the manifest."""
+    with kept_warnings() as warnings:
+        ranking = _ranking(inputs, run)
+    run.record(warnings=warnings)
+    return ranking
+
+
+def _ranking(inputs: CurateInputs, run: RunDir) -> Ranking:
     options, selector = inputs.options, inputs.selector
     barrier()
     with run.phase("read"):
@@ -183,8 +190,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
         scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
-    warnings = [*scores.warnings, *shortfall(table, options)]
-    for warning in warnings:
+    for warning in (*scores.warnings, *shortfall(table, options)):
         warn(warning)
     counts = {
         **pool.counts,
@@ -204,7 +210,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     if loaded is not None:
         extra |= loaded.facts
     device = "cpu" if loaded is None else str(loaded.device)
-    run.record(counts=counts, device=device, extra=extra, warnings=warnings)
+    run.record(counts=counts, device=device, extra=extra)
     folder = run.root if run.temporary is None else None
     ranking = Ranking(pool.source, table, about=scores.report, folder=folder, _records=pool, _points=points)
     if scores.telling is not None:
