@@ -475,11 +475,11 @@ KNOWN = References(
 MADE = random_token_rows(3, VOCABULARY, seed=77).pairs
 
 
-def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, known=KNOWN, **options) -> Twins:
+def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, made=MADE, known=KNOWN, **options) -> Twins:
     bank = make_bank()
     config = PharmacistConfig(**({"twin_steps": 6, "batch_size": 4, "r": 2} | options))
     own = Twins(bank, config)
-    own.fit(TokenRows([*safe, *harmful, *utility, *MADE]), known, TokenRows(POOL), root, 0)
+    own.fit(TokenRows([*safe, *harmful, *utility, *made]), known, TokenRows(POOL), root, 0)
     return own
 
 
@@ -506,6 +506,17 @@ def test_a_held_out_fold_is_never_trained_on_and_sets_the_thresholds(tmp_path, o
     # Negative control: a row of another fold is trained on.
     trained = fitted(tmp_path / "c", safe=[SAFE[0], POOL[0], *SAFE[2:]], **options)
     assert same_adapters(before, trained)[0] is False
+
+
+def test_made_references_are_not_trained_on(tmp_path):
+    """The evidence makes short answers to utility prompts; the twins learn from what was given."""
+    known = dataclasses.replace(KNOWN, labels=np.where(KNOWN.made, 2, KNOWN.labels))
+    before = fitted(tmp_path / "a", known=known)
+    after = fitted(tmp_path / "b", made=random_token_rows(3, VOCABULARY, seed=78).pairs, known=known)
+    assert same_adapters(before, after) == [True, True] and after.thresholds == before.thresholds
+    # Negative control: taken for given ones they are.
+    given = fitted(tmp_path / "c", known=dataclasses.replace(known, made=np.zeros(28, dtype=bool)))
+    assert same_adapters(before, given) == [False, False]
 
 
 def test_thresholds_and_quality_are_those_of_held_out_references(tmp_path):
