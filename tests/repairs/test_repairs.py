@@ -319,6 +319,18 @@ def test_antidote_prunes_factors_and_nothing_else():
         base.apply(weights, plan)  # idempotent: a second time nothing changes
 
 
+def test_antidote_reads_prompts_and_answers_alike():
+    weights, plan = antidote(0.3)
+    pruned = {name: value == 0 for name, value in plan.tensors.items()}
+
+    def masks(completion_only):
+        squares = sum_over_inputs(weights, ROWS, lambda _, x: x.square().sum(0), completion_only=completion_only)
+        return {name: factor_mask(scores(value, squares[name]), 0.3) for name, value in weights.tensors().items()}
+
+    assert all(torch.equal(pruned[name], mask) for name, mask in masks(False).items())
+    assert any(not torch.equal(pruned[name], mask) for name, mask in masks(True).items())
+
+
 def test_a_small_share_of_a_factor_with_few_columns_is_not_nothing():
     weights, plan = antidote(0.05, model=peft_model(r=8))  # round(0.05 * 8) entries of a row are none
     for change in base.apply(weights, plan):
