@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pharmacist.core.console import named
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
@@ -184,9 +185,8 @@ def _ranking(inputs: CurateInputs, run: RunDir) -> Ranking:
     if not isinstance(scores, Scores):
         raise CompatibilityError(f"selector '{selector.name}': rank must return Scores, not {type(scores).__name__}")
     scores.check(selector.name, len(pool))
-    if not np.isfinite(scores.score).all():
-        bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
-        raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
+    if len(bad := np.flatnonzero(~np.isfinite(scores.score))):
+        raise DataError(f"{named(pool.row_numbers[bad].tolist())}: the score is not finite; try --dtype float32")
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
         scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
