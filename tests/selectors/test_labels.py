@@ -107,6 +107,9 @@ def test_the_least_certain_rows_of_each_reason_come_in_turn():
 
 def test_labelled_rows_are_not_asked_for_again():
     assert asked(9, [1, -1, 2, -1], "aaab") == [2, 0]
+    # Nor are rows of the same prompt, or near-duplicates of them.
+    assert asked(9, [1, -1, 2, 3], "aaab", prompts=["p", "q", "q", "r"]) == [0, 3]
+    assert asked(9, [1, -1, 2, 3], "aaab", clusters=[0, 1, 2, 1]) == [2, 0]
 
 
 def test_no_two_rows_are_alike():
