@@ -217,5 +217,17 @@ def test_rows_whose_score_is_not_finite_are_named() -> None:
         ph.rank([{"prompt": "a", "completion": word} for word in "bcdef"], selector=Broken())
 
 
+def test_a_copy_of_a_bad_row_keeps_its_own_reason() -> None:
+    class Own(Selector):
+        def rank(self, context: SelectionContext) -> Scores:
+            return Scores(np.array([4.0, 3.0, 2.0, 1.0]), np.repeat(["critical", "low_quality"], 2))
+
+    rows = [{"prompt": "how do i brew a potion", "completion": word} for word in ("no, i will not", "salt and nettle")]
+    found = ph.rank([rows[0], rows[0], rows[1], rows[1]], selector=Own())
+    assert found.table["duplicate_of"].tolist() == [-1, 0, -1, 2]
+    assert found.table["reason"].tolist() == ["critical", "duplicate", "low_quality", "low_quality"]
+    assert found.select(k=4).to_list() == [rows[0], rows[0]], "only a copy of a good row is good"
+
+
 def test_scores_may_be_a_list_or_a_tensor() -> None:
     assert Scores([1, 2]).score.tolist() == Scores(torch.tensor([1, 2])).score.tolist() == [1.0, 2.0]
