@@ -99,6 +99,8 @@ def test_column_basis_spans_the_product(out):
     assert torch.allclose(basis @ (basis.T @ f.dense()), f.dense())
     redundant = Factors(torch.cat([f.A, f.A]), torch.cat([f.B, f.B], 1))
     assert column_basis(redundant).shape == (out, R)
+    thin = Factors(torch.stack([f.A[0], 2 * f.A[0]]), f.B)
+    assert column_basis(thin).shape == (out, 1), "of the product, not of its left factor"
 
 
 def test_a_difference_of_rounded_weights_has_the_rank_of_the_update():
