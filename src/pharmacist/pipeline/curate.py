@@ -15,7 +15,7 @@ from pharmacist.core.env import rank as process
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
-from pharmacist.core.progress import kept_warnings, print_table, say, warn
+from pharmacist.core.progress import hushed, kept_warnings, print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
@@ -61,7 +61,8 @@ def curate(options: CurateOptions, option: str = "--{}") -> Ranking | None:
         # The results of an earlier run are touched only when the new input is known to be usable.
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
         inputs.read(Path(scratch.name))
-        inputs.labels()
+        with hushed():  # the ranking reads them again, and says what there is to say
+            inputs.labels()
     stage = replace(CURATE, reopens=options.labels is not None)
     with stage.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
         if run.complete:
