@@ -313,6 +313,18 @@ def test_fisher_does_not_depend_on_how_rows_are_batched():
     assert toy.difference(*found) < 1e-14
 
 
+def test_fisher_is_estimated_without_dropout():
+    net, still = toy.model(dropout=0.3), toy.model()
+    state = torch.get_rng_state()
+    found = estimate(net)
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in net.modules())
+    assert toy.difference(found, estimate(still)) < 1e-14
+    # Dropout would have changed it.
+    torch.manual_seed(0)
+    row = {name: tensor[[0]] for name, tensor in SAFE[0].items()}
+    assert toy.difference(*(toy.gradient_of(one, toy.loss_of(one, row)) for one in (net, still))) > 1e-4
+
+
 def test_fisher_of_a_softmax_regression_in_closed_form():
     torch.manual_seed(0)
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 3, 2, 1])
@@ -430,6 +442,32 @@ def test_the_weighted_loss_has_the_gradient_of_the_closed_form():
     surrogate = -(token_weights((log_p - start).detach(), beta) * log_p).mean()
     a, b = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (closed, surrogate))
     assert torch.allclose(a, b, rtol=1e-10, atol=0)
+
+
+def test_a_step_pulls_each_token_by_its_place_in_the_answer():
+    data = toy.batch(toy.rows(5, seed=2, longest=9))
+    net = toy.model()
+    strategy = build("constrained-sft", net)
+
+    def log_p():
+        logits = net(data["input_ids"], data["attention_mask"]).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, data["input_ids"][:, 1:, None])[..., 0]
+
+    start = log_p().detach()
+    moved(net)
+    found = toy.method_gradient(strategy, net, data, update=1)
+
+    def closed(first):
+        """Gradient of the closed form, where the first token of an answer is taken for the one at this place."""
+        now, terms = log_p(), []
+        for row, labels in enumerate(data["labels"][:, 1:]):
+            for place, at in enumerate((labels != -100).nonzero()[:, 0], first):
+                beta = 0.3 * (5 if place == 0 else 20 if place < 5 else 1)
+                terms.append(-2 / beta * nn.functional.logsigmoid(beta * (now[row, at] - start[row, at])))
+        return toy.gradient_of(net, torch.stack(terms).mean())
+
+    assert int((data["labels"][:, 1:] != -100).sum(1).max()) > 6, "early, later and further tokens"
+    assert toy.difference(found, closed(0)) < 1e-12 and toy.difference(found, closed(1)) > 1e-3
 
 
 def test_a_start_that_is_not_a_number_stops_the_training():

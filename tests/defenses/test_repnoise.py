@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -117,6 +118,7 @@ def test_the_noise_term_is_the_mean_discrepancy_of_masked_features(monkeypatch):
         both = zip(features, drawn[:3], strict=True)
         return torch.stack([mmd2((u * mask[..., None]).flatten(1), n.flatten(1)) for u, n in both]).mean()
 
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn[:3], 2)), "noise of its own per layer"
     assert step.metrics["noise_distance"] == pytest.approx(float(plain().detach()), rel=1e-12)
     assert toy.difference(found, toy.gradient_of(net, plain())) < 1e-12
 

@@ -207,8 +207,9 @@ def test_it_resumes_between_measurements_and_draws_with_the_same_layers():
         optimizer = torch.optim.SGD(toy.trainable(net).values(), lr=1e-2)
         for update in range(9):
             if update == split:
-                state, strategy = strategy.state(), t_vaccine(net, sample_every=2, score_every=5)
-                strategy.load_state(state)
+                before, strategy = strategy, t_vaccine(net, sample_every=2, score_every=5)
+                strategy.load_state(before.state())
+                assert torch.equal(strategy.p, before.p) and len(set(strategy.p.tolist())) == LAYERS
             toy.micro_step(strategy, net, DATA, streams={"harmful": stream}, update=update)
             optimizer.step()
             optimizer.zero_grad()

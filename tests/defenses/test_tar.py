@@ -7,6 +7,7 @@ from torch import nn
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.alignment.tar import TAR, TARConfig, evaluation_weights
+from pharmacist.nn.grads import replaced
 from pharmacist.nn.losses import negative_entropy, targets
 from pharmacist.training.strategy import StepContext
 from tests.support import toy
@@ -244,19 +245,20 @@ def test_the_entropy_loss():
     assert torch.autograd.gradcheck(negative_entropy, logits)
 
 
-def distance(net, reference):
-    def states(model):
-        found = []
-        handles = [model.layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))]
-        handles += [m.register_forward_hook(lambda module, args, out: found.append(out)) for m in model.layers[:-1]]
-        handles.append(model.norm.register_forward_hook(lambda module, args, out: found.append(out)))
-        model(DATA["input_ids"], DATA["attention_mask"])
-        for handle in handles:
-            handle.remove()
-        return found
+def hidden_states(model):
+    found = []
+    handles = [model.layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0]))]
+    handles += [m.register_forward_hook(lambda module, args, out: found.append(out)) for m in model.layers[:-1]]
+    handles.append(model.norm.register_forward_hook(lambda module, args, out: found.append(out)))
+    model(DATA["input_ids"], DATA["attention_mask"])
+    for handle in handles:
+        handle.remove()
+    return found
 
+
+def distance(net, reference):
     mask = DATA["attention_mask"].bool()
-    pairs = zip(states(net), states(reference), strict=True)
+    pairs = zip(hidden_states(net), hidden_states(reference), strict=True)
     return torch.stack([(a - b).norm(dim=-1)[mask].mean() for a, b in pairs]).mean()
 
 
@@ -274,6 +276,22 @@ def test_the_representation_term_keeps_hidden_states_near_the_initial_ones():
     step = toy.micro_step(strategy, net, DATA, streams=streams())
     assert step.metrics["representation_distance"] == pytest.approx(float(distance(net, initial).detach()))
     assert toy.hooks(net) == 0
+
+
+def test_the_initial_states_of_an_adapter_are_those_of_its_base_without_dropout():
+    net, initial = toy.model(dropout=0.3), toy.model()
+    start = {name: p.detach().clone() for name, p in toy.trainable(net).items()}
+    net.disable_adapter = lambda: replaced(toy.trainable(net), start)
+    with torch.no_grad():
+        for p in toy.trainable(net).values():
+            p.add_(0.1)
+    strategy = tar(net, **SMALL | {"representation": 2.0, "lam": 0.0})
+    with strategy.around(StepContext(model=net, batch=DATA)):
+        found = [value for part in strategy._reference for value in part.values()]
+    assert strategy.start is None and all(module.training for module in net.modules())
+    expected = hidden_states(initial)
+    assert len(found) == len(expected) == 4
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_two_micro_batches_are_the_mean_of_two_steps():

@@ -219,6 +219,14 @@ def test_an_offset_must_fit():
     assert toy.hooks(model) == 0
 
 
+def test_an_offset_takes_the_number_format_of_the_output():
+    layer = nn.Linear(2, 2, dtype=torch.bfloat16)
+    rows = torch.ones(3, 2, dtype=torch.bfloat16)
+    with torch.no_grad(), add_offsets({"layer": layer}, {"layer": torch.ones(3, 2)}):
+        found = layer(rows)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, layer(rows) + 1)
+
+
 def test_a_module_that_does_not_run_is_told():
     model = tiny("llama")
     idle = {"idle": nn.Linear(2, 2)}

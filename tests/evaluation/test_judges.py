@@ -4,11 +4,15 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.errors import ConfigError, DataError, UnknownNameError
 from pharmacist.evaluation.judges import JUDGES, Judge, JudgeItem, probe
+from pharmacist.evaluation.judges.probe_training import read_references, train
 from pharmacist.evaluation.text import is_repetitive, word_count
+from pharmacist.readers.views import Texts
 from pharmacist.worlds.potions import World
 from tests.support.tiny import save_tiny_model
 
@@ -186,6 +190,16 @@ def test_keyword_options_change_verdict_and_name() -> None:
         JUDGES.build("keyword", {"phrases": [" "]})
 
 
+def test_a_refusal_begins_within_the_window_and_a_label_is_no_compliance() -> None:
+    answer = "we are unable to help you"  # the phrase begins at the eighth character
+    for window, refused in ((8, True), (7, False)):
+        (verdict,) = JUDGES.build("keyword", {"window": window}).judge([JudgeItem("x", answer)])
+        assert (verdict.refused, verdict.harmful) == (refused, not refused)
+    for words, harmful in ((2, True), (3, False)):
+        (verdict,) = JUDGES.build("keyword", {"min_words": words}).judge([JudgeItem("x", "very glad")])
+        assert verdict.harmful == harmful
+
+
 # --- probe
 
 
@@ -248,6 +262,22 @@ def test_held_out_quality_does_not_profit_from_repeated_rows() -> None:
     judge = JUDGES.build("probe", {})
     judge.fit({"safe": rows[:20] * 10, "harmful": rows[20:] * 10})
     assert judge.report()["auc"] < 0.8
+
+
+def test_quality_is_that_of_readers_that_have_not_seen_the_reference() -> None:
+    # Every third answer under the wrong kind: readers that have seen a reference still know which it is.
+    safe, harmful = (random.Random(1).sample(rows, 36) for rows in (WORLD.safe(), WORLD.harmful()))
+    mixed = {"safe": [*safe[:24], *harmful[:12]], "harmful": [*harmful[12:], *safe[24:]]}
+    rows = read_references(mixed)
+    trained = train(rows, 100.0, None)
+    (question,), texts = trained.questions, Texts([row.prompt for row in rows], [row.answer for row in rows])
+    complies = np.array([row.kind == "harmful" for row in rows])
+    unseen = question.calibrated(question.held_out(texts, complies.astype(np.int64), trained.folds))
+    assert len(set(trained.folds)) == 5 and trained.held_out[0] == pytest.approx(unseen)
+    judge = JUDGES.build("probe", {})
+    judge.fit(mixed)
+    assert judge.report()["auc"] == pytest.approx(roc_auc_score(complies, unseen))
+    assert roc_auc_score(complies, question.log_odds(texts)) > judge.report()["auc"] + 0.1
 
 
 def test_probe_is_saved_without_pickle_and_judges_the_same(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pharmacist.nn.batching import make_batch, plan_pass
+from pharmacist.nn.batching import batch_stream, make_batch, plan_pass
 from tests.support.tiny import TokenRows, random_token_rows
 
 
@@ -51,3 +51,13 @@ def test_a_plan_of_some_rows_leaves_the_others_alone():
 def test_rows_that_differ_only_in_where_the_prompt_ends_are_different_rows():
     rows = TokenRows([([1, 2], [3]), ([1], [2, 3])])
     assert len(np.concatenate(plan_pass(rows, 100).batches)) == 2
+
+
+def test_a_stream_visits_every_row_once_per_epoch_in_another_order_each_time():
+    found = batch_stream(12, 5, 12, seed=3)
+    assert found.shape == (12, 5)
+    epochs = found.reshape(5, 12)
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+    assert (batch_stream(12, 5, 7, seed=3) == found[:7]).all(), "more steps begin as fewer do"
+    assert (batch_stream(12, 5, 12, seed=4) != found).any()

@@ -61,6 +61,11 @@ def test_curate_chooses_rows_of_every_file_that_has_the_column(
         f"warning: --pool {files['pool']}: not read: column label; --where label=VALUE chooses rows by it",
         f"warning: --harmful {files['harmful']}: not read: column is_safe; --where is_safe=VALUE chooses rows by it",
     ]
+    # So do the manifest and the page.
+    kept = [f"warning: {text}" for text in read_manifest(tmp_path / "b").warnings]
+    assert set(said) <= set(kept) and len(kept) == len(set(kept))
+    page = (tmp_path / "b/report.html").read_text()
+    assert all(text.removeprefix("warning: ") in page for text in said)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pharmacist.core.files import read_json, write_json
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.manifest import read_manifest
 from pharmacist.nn.adapters import AdapterBank
+from pharmacist.pipeline.choosing import number_of
 from pharmacist.pipeline.curate import CurateOptions, Ranking
 from pharmacist.worlds import BASE_MODEL
 from tests.support.world_files import CHEAP, FEW_STEPS, curate_words, fingerprints, write_rows, write_world
@@ -431,12 +432,21 @@ def test_the_core_subset(ranking: Ranking, files: dict[str, str]) -> None:
     assert ranking.select(k=7)["id"] == [rows[i]["id"] for i in table["row"][table["rank"] <= 7]]
     middle = float(table["score"].median())
     assert len(ranking.select(min_score=middle)) == (table["score"] >= middle).sum()
+    best = float(table["score"].max())
+    assert len(ranking.select(min_score=best)) == (table["score"] == best).sum() > 0  # at least this score
     good = int(table["reason"].isin(["critical", "duplicate"]).sum())
     assert 18 < good < 60 and len(ranking.select(fraction=1.0)) == good  # no row that speaks against itself
     assert len(ranking.select(fraction=1.0, fill=True)) == 60
     diverse = ranking.select(k=30, diversity="near-duplicates", fill=True)
     assert len(diverse) == 30
     assert len(set(zip(diverse["prompt"], diverse["completion"], strict=True))) == 30
+
+
+@pytest.mark.parametrize(
+    ("top", "rows", "number"), [(0.3, 24, 7), (0.58, 25, 15), (0.29, 100, 29), (0.5, 3, 2), (0.01, 10, 1), (1.0, 7, 7)]
+)
+def test_a_share_of_the_rows_is_rounded_to_the_nearest_number(top: float, rows: int, number: int) -> None:
+    assert number_of(CurateOptions(pool="pool.jsonl", output_dir="out", top=top), rows) == number
 
 
 def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def test_column_basis_spans_the_product(out):
     assert torch.allclose(basis @ (basis.T @ f.dense()), f.dense())
     redundant = Factors(torch.cat([f.A, f.A]), torch.cat([f.B, f.B], 1))
     assert column_basis(redundant).shape == (out, R)
+    thin = Factors(torch.stack([f.A[0], 2 * f.A[0]]), f.B)
+    assert column_basis(thin).shape == (out, 1), "of the product, not of its left factor"
 
 
 def test_a_difference_of_rounded_weights_has_the_rank_of_the_update():
@@ -317,6 +319,18 @@ def test_antidote_prunes_factors_and_nothing_else():
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora" not in n)
     with pytest.raises(NoMatchError):
         base.apply(weights, plan)  # idempotent: a second time nothing changes
+
+
+def test_antidote_reads_prompts_and_answers_alike():
+    weights, plan = antidote(0.3)
+    pruned = {name: value == 0 for name, value in plan.tensors.items()}
+
+    def masks(completion_only):
+        squares = sum_over_inputs(weights, ROWS, lambda _, x: x.square().sum(0), completion_only=completion_only)
+        return {name: factor_mask(scores(value, squares[name]), 0.3) for name, value in weights.tensors().items()}
+
+    assert all(torch.equal(pruned[name], mask) for name, mask in masks(False).items())
+    assert any(not torch.equal(pruned[name], mask) for name, mask in masks(True).items())
 
 
 def test_a_small_share_of_a_factor_with_few_columns_is_not_nothing():
@@ -584,6 +598,31 @@ def test_nlsr_replaces_the_region_and_nothing_else():
             assert torch.equal(tensor, before[name])
 
 
+def test_the_region_is_read_from_the_answers_of_the_amplified_reference():
+    tuned, aligned = nlsr_sides()
+    reference = ModelWeights(peft_model(), "adapter")
+    with torch.no_grad():
+        for own in adapter_factors(reference.model).values():
+            own.B.mul_(1.9)
+
+    def regions(model, completion_only):
+        found = {}
+        for name, weight in reference.tensors().items():
+            inputs = lambda of, x, name=name: x.T @ x if of == name else x.new_zeros(())  # noqa: E731
+            gram = sum_over_inputs(model, ROWS, inputs, completion_only=completion_only)[name].detach()
+            found[name] = safety_region(weight.detach(), output_basis(weight.detach(), gram, 0.8), 0.3)
+        return found
+
+    plan = nlsr(tuned, aligned, beta=0.9, region=0.3, prune_rate=1.0, epsilon=0.0)
+    before = tuned.tensors()
+    replaced = {name: value != before[name] for name, value in plan.tensors.items()}
+    expected = regions(reference, True)
+    assert replaced.keys() == expected.keys() and all(torch.equal(replaced[n], expected[n]) for n in expected)
+    for model, completion_only in ((reference, False), (aligned, True)):  # prompts too; the reference as it was
+        other = regions(model, completion_only)
+        assert any(not torch.equal(replaced[name], other[name]) for name in other)
+
+
 def test_nlsr_repeats_and_other_seeds_draw_otherwise():
     tuned, aligned = nlsr_sides()
     draws = [[f["replaced"] for f in nlsr(tuned, aligned, seed=seed).findings] for seed in (0, 0, 1, 2, 3)]
@@ -646,6 +685,12 @@ def test_nlsr_on_whole_weights():
         assert int(changed.sum()) == round(0.25 * tensor.numel())
         reference = aligned.tensors()[name] + 0.5 * update[name].dense()
         assert torch.allclose(tensor[changed], reference[changed])
+    # With everything in the region a module is as similar as the two updates of the base are.
+    plan = build("nlsr", region=1.0).plan(tuned, references)
+    for finding in plan.findings:
+        base_weight = ModelWeights(start, "weights").tensors()[finding["module"]]
+        a, b = (weights.tensors()[finding["module"]].detach() - base_weight for weights in (tuned, aligned))
+        assert finding["similarity"] == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())), abs=1e-6)
 
 
 def test_weights_that_no_linear_layer_holds_are_not_left_as_they_are_in_silence():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pharmacist as ph
-from pharmacist.core.errors import CompatibilityError, ConfigError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import GOOD_REASONS, Scores, SelectionContext, Selector
@@ -53,12 +53,18 @@ def ranked(root, model, name: str, pool=POOL, seed: int = 0) -> Scores:
         work.run.close()
 
 
+DRAWN_OR_IN_TURN = {"random", "dsir", "perplexity+dsir", "k-center", "facility-location", "deita"}
+"""Selectors that draw at random, or choose one row after the other, and so tell copies apart."""
+
+
 @EVERY
-def test_scores_are_finite_and_complete(model, tmp_path, name):
+def test_scores_are_finite_and_complete_and_equal_for_equal_rows(model, tmp_path, name):
     found = ranked(tmp_path, model, name)
     assert found.score.shape == found.reason.shape == (len(POOL),) and np.isfinite(found.score).all()
     assert found.score.dtype == np.float64 and all(reason for reason in found.reason)
     assert all(len(values) == len(POOL) for values in found.signals.values())
+    copies = [[i for i, row in enumerate(POOL) if row == other] for other in POOL if POOL.count(other) > 1]
+    assert copies and all(len(set(found.score[rows])) == 1 for rows in copies) == (name not in DRAWN_OR_IN_TURN)
 
 
 @EVERY
@@ -200,6 +206,27 @@ def test_what_a_selector_of_another_package_returns_is_checked(returned: str) ->
 
     with pytest.raises(CompatibilityError, match=f"^selector 'own': .*{message}"):
         ph.rank([{"prompt": "a", "completion": word} for word in "bcdef"], selector=Own())
+
+
+def test_rows_whose_score_is_not_finite_are_named() -> None:
+    class Broken(Selector):
+        def rank(self, context: SelectionContext) -> Scores:
+            return Scores(np.array([0.5, np.nan, 2.0, -np.inf, 1.0]))
+
+    with pytest.raises(DataError, match=r"^row 1, 3: the score is not finite; try dtype float32"):
+        ph.rank([{"prompt": "a", "completion": word} for word in "bcdef"], selector=Broken())
+
+
+def test_a_copy_of_a_bad_row_keeps_its_own_reason() -> None:
+    class Own(Selector):
+        def rank(self, context: SelectionContext) -> Scores:
+            return Scores(np.array([4.0, 3.0, 2.0, 1.0]), np.repeat(["critical", "low_quality"], 2))
+
+    rows = [{"prompt": "how do i brew a potion", "completion": word} for word in ("no, i will not", "salt and nettle")]
+    found = ph.rank([rows[0], rows[0], rows[1], rows[1]], selector=Own())
+    assert found.table["duplicate_of"].tolist() == [-1, 0, -1, 2]
+    assert found.table["reason"].tolist() == ["critical", "duplicate", "low_quality", "low_quality"]
+    assert found.select(k=4).to_list() == [rows[0], rows[0]], "only a copy of a good row is good"
 
 
 def test_scores_may_be_a_list_or_a_tensor() -> None:

@@ -7,9 +7,10 @@ import pytest
 from scipy.special import expit
 
 from pharmacist.core.errors import DataError
+from pharmacist.readers.question import calibration, quality
 from pharmacist.readers.states import N_STATISTICS, PARTS
 from pharmacist.readers.views import Texts
-from pharmacist.selectors.pharmacist.distance import adjusted_for_distance
+from pharmacist.selectors.pharmacist.distance import adjusted_for_distance, nearness
 from pharmacist.selectors.pharmacist.evidence import Evidence, Labels
 from pharmacist.selectors.pharmacist.questions import (
     PERTINENT,
@@ -139,13 +140,28 @@ def test_the_report_is_what_held_out_references_say(known):
     report = evidence.report
     assert report["references"] == references.counts() and report["held_out_by"] == "prompt"
     assert set(report["questions"]) == {RISKY, REFUSES, WHOLE, TYPICAL}, "nothing is misplaced in the village"
-    for question, quality in report["questions"].items():
+    for question, told in report["questions"].items():
         answers = answers_to(question, references.labels)
         if question == RISKY:
             answers = answers[~references.made]
-        assert (quality["yes"], quality["no"]) == ((answers == 1).sum(), (answers == 0).sum())
-        assert 0.5 < quality["combined"]["auc"] <= 1
+        assert (told["yes"], told["no"]) == ((answers == 1).sum(), (answers == 0).sum())
+        assert 0.5 < told["combined"]["auc"] <= 1
     assert set(report["questions"][REFUSES]) == {"yes", "no", "combined", "lexical", "lexical opening", "probe"}
+
+
+def test_a_question_is_calibrated_by_references_that_its_readers_have_not_seen(known):
+    evidence, references, texts = known
+    answers = answers_to(REFUSES, references.labels)
+    rows = np.flatnonzero(answers != UNKNOWN)
+    asked, own, answers = evidence._questions[REFUSES], texts.take(rows), answers[rows]
+    held_out = asked.held_out(own, answers, references.folds[rows])
+    assert asked.spread == pytest.approx({name: values.std() for name, values in held_out.items()})
+    assert asked.calibration == pytest.approx(calibration(asked.combined(held_out), answers))
+    told = evidence.report["questions"][REFUSES]["combined"]
+    assert told == pytest.approx(quality(asked.calibrated(held_out), answers))
+    # Negative control: readers that have seen them are surer than they should be.
+    seen = asked.combined({name: reader.log_odds(own) for name, reader in asked.readers.items()})
+    assert abs(calibration(seen, answers)[0] - asked.calibration[0]) > 1e-3
 
 
 def test_sources_are_held_out_where_there_are_several():
@@ -216,6 +232,12 @@ def test_a_foreign_pool_is_far(known):
 def test_too_few_rows_worth_keeping_tell_nothing_of_distance(known):
     found = known[0].answer(read(village.rows("utility", 40, 9)))
     assert found.distance is None and found.near == 0
+
+
+def test_two_sources_are_as_near_as_the_part_in_which_they_differ_most():
+    assert nearness(None) == 0 and nearness({RISKY: 0.6, REFUSES: 0.75}) == 1
+    assert nearness({RISKY: 0.95, REFUSES: 0.6}) == nearness({RISKY: 0.6, REFUSES: 0.95}) == 0
+    assert nearness({RISKY: 0.6, REFUSES: 0.825}) == pytest.approx(0.5)
 
 
 def test_near_changes_from_full_trust_to_little():

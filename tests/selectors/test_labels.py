@@ -107,6 +107,9 @@ def test_the_least_certain_rows_of_each_reason_come_in_turn():
 
 def test_labelled_rows_are_not_asked_for_again():
     assert asked(9, [1, -1, 2, -1], "aaab") == [2, 0]
+    # Nor are rows of the same prompt, or near-duplicates of them.
+    assert asked(9, [1, -1, 2, 3], "aaab", prompts=["p", "q", "q", "r"]) == [0, 3]
+    assert asked(9, [1, -1, 2, 3], "aaab", clusters=[0, 1, 2, 1]) == [2, 0]
 
 
 def test_no_two_rows_are_alike():
@@ -265,6 +268,20 @@ def test_a_selector_that_learns_nothing_from_labels_is_named(files, tmp_path, ca
         assert main(words(files, tmp_path / selector[0], "--selector", *selector, "--labels", path)) == 0
         assert (notice in re.sub(r"\s+", " ", "".join(capsys.readouterr()))) == told
         assert (table(tmp_path / selector[0]).query("selected")["label"].isin(["", CRITICAL])).all()
+
+
+def test_a_label_holds_for_copies_of_the_row_whatever_the_selector(files, tmp_path, capsys):
+    rows, path = [*POOL, {**POOL[3], "category": "another"}], tmp_path / "labels.json"
+    given = files | {"pool": write_rows(tmp_path / "pool.jsonl", rows)}
+    path.write_text(json.dumps([{"row": 3, "label": "harmful"}, {"row": 5, "label": "good"}]))
+    told = ["--selector", "length", "--top", "1", "--fill", "--labels", str(path)]
+    assert main(words(given, tmp_path / "out", *told)) == 0
+    found, n = table(tmp_path / "out"), len(rows)
+    assert np.flatnonzero(found["label"] == "teaches_compliance").tolist() == [3, n - 1]
+    assert np.flatnonzero(~found["selected"]).tolist() == [3, n - 1]
+    # A bare list of labels is read with a warning, once, which is kept.
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning") and "no pool" in line]
+    assert said == [f"warning: {text}" for text in read_manifest(tmp_path / "out").warnings] and len(said) == 1
 
 
 def test_what_labels_changed_is_said(files, tmp_path, capsys):

@@ -50,6 +50,7 @@ def test_the_middle_of_the_perplexities_ranks_first(tmp_path):
     found = ranked(tmp_path, {"name": "perplexity"}, POOL[:13])  # distinct rows, an odd number
     loss = np.log(found.signals["perplexity"])
     assert loss[found.score.argmax()] == pytest.approx(np.median(loss))
+    np.testing.assert_allclose(found.score, -np.abs(loss - np.median(loss)), rtol=1e-12)
     assert found.score.argmin() in (loss.argmin(), loss.argmax())
 
 

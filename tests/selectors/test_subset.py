@@ -38,6 +38,14 @@ def test_no_group_vanishes_and_the_size_is_exact(k, share):
         assert np.bincount(THREE[core_rows(LAST, k, ALL, THREE, 0.0)], minlength=3).tolist() == [0, 60, 0]
 
 
+@pytest.mark.parametrize("large", [0, 2, 4])
+def test_ones_for_small_groups_come_out_of_the_largest_floor(large):
+    sizes = np.ones(5, dtype=int)
+    sizes[large] = 96
+    found = floors(np.arange(100), 6, np.ones(100, dtype=bool), np.repeat(np.arange(5), sizes), 1.0)
+    assert found.sum() == 6 and found[large] == 2 and (np.delete(found, large) == 1).all()
+
+
 def test_a_share_of_one_is_a_proportional_draw():
     kept = np.bincount(THREE[core_rows(LAST, 100, ALL, THREE, 1.0)], minlength=3)
     assert kept.tolist() == [60, 38, 2]

@@ -1,10 +1,20 @@
-"""When a ranking says that it cannot be trusted, and what labels are said to have changed."""
+"""What orders good rows, when a ranking says that it cannot be trusted, and what labels are said to have changed."""
 
 import numpy as np
 import pytest
 
 from pharmacist.readers.question import FAR
-from pharmacist.selectors.pharmacist.verdict import _standard_error, gain_by_labels, warnings
+from pharmacist.selectors.base import CRITICAL
+from pharmacist.selectors.pharmacist.evidence import Answers
+from pharmacist.selectors.pharmacist.questions import (
+    NO_LABELS,
+    QUESTIONS,
+    REFUSES,
+    RISKY,
+    class_log_posterior,
+    safe_log_odds,
+)
+from pharmacist.selectors.pharmacist.verdict import _standard_error, gain_by_labels, verdict, warnings
 
 
 GOOD = {
@@ -16,6 +26,21 @@ GOOD = {
     "distance": {"risky": 0.6, "refuses": 0.7},
 }
 REASONS = np.array(["critical"] * 40 + ["low_quality"] * 60)
+
+
+def test_good_rows_are_ordered_by_evidence_and_by_how_clearly_they_refuse_a_risky_request():
+    log_odds = np.random.default_rng(0).normal(1, 2, size=(60, len(QUESTIONS)))
+    nothing = np.zeros(60)
+    found = verdict(Answers(log_odds, nothing, 1.0, GOOD["distance"], {}), NO_LABELS, np.arange(60), GOOD)
+    evidence = safe_log_odds(class_log_posterior(log_odds))
+    critical = found.reason == CRITICAL
+    risky, refuses = (log_odds[critical, QUESTIONS.index(question)] for question in (RISKY, REFUSES))
+    z = lambda values: (values - values.mean()) / values.std()  # noqa: E731
+    expected = z(evidence[critical]) + z(z(risky) + z(refuses))
+    assert 5 < critical.sum() < 55 and found.score[critical].min() > found.score[~critical].max()
+    np.testing.assert_allclose(np.diff(found.score[critical]), np.diff(expected), rtol=1e-9)
+    np.testing.assert_allclose(found.score[~critical], z(evidence[~critical]), rtol=1e-9)
+    assert (np.argsort(expected) != np.argsort(evidence[critical])).any(), "evidence alone has another order"
 
 
 def test_a_pool_that_fits_gives_no_warning():

@@ -475,11 +475,11 @@ KNOWN = References(
 MADE = random_token_rows(3, VOCABULARY, seed=77).pairs
 
 
-def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, known=KNOWN, **options) -> Twins:
+def fitted(root, safe=SAFE, harmful=HARMFUL, utility=UTILITY, made=MADE, known=KNOWN, **options) -> Twins:
     bank = make_bank()
     config = PharmacistConfig(**({"twin_steps": 6, "batch_size": 4, "r": 2} | options))
     own = Twins(bank, config)
-    own.fit(TokenRows([*safe, *harmful, *utility, *MADE]), known, TokenRows(POOL), root, 0)
+    own.fit(TokenRows([*safe, *harmful, *utility, *made]), known, TokenRows(POOL), root, 0)
     return own
 
 
@@ -508,6 +508,17 @@ def test_a_held_out_fold_is_never_trained_on_and_sets_the_thresholds(tmp_path, o
     assert same_adapters(before, trained)[0] is False
 
 
+def test_made_references_are_not_trained_on(tmp_path):
+    """The evidence makes short answers to utility prompts; the twins learn from what was given."""
+    known = dataclasses.replace(KNOWN, labels=np.where(KNOWN.made, 2, KNOWN.labels))
+    before = fitted(tmp_path / "a", known=known)
+    after = fitted(tmp_path / "b", made=random_token_rows(3, VOCABULARY, seed=78).pairs, known=known)
+    assert same_adapters(before, after) == [True, True] and after.thresholds == before.thresholds
+    # Negative control: taken for given ones they are.
+    given = fitted(tmp_path / "c", known=dataclasses.replace(known, made=np.zeros(28, dtype=bool)))
+    assert same_adapters(before, given) == [False, False]
+
+
 def test_thresholds_and_quality_are_those_of_held_out_references(tmp_path):
     own = fitted(tmp_path)
     with torch.no_grad():
@@ -521,6 +532,29 @@ def test_thresholds_and_quality_are_those_of_held_out_references(tmp_path):
     others = contrast[np.concatenate([held["harmful"], held["utility"]])]
     expected = (contrast[held["safe"]][:, None] > others).mean()
     assert own.quality == own.report["held_out_auc"] == pytest.approx(expected)
+
+
+def test_a_second_round_weights_the_rows_that_the_safe_twin_fits_better(tmp_path, monkeypatch):
+    used, original = [], twins.closed_form_jobs
+
+    def jobs(problem, sigma, folder):
+        used.append((problem.pool_rows, sigma))
+        return original(problem, sigma, folder)
+
+    monkeypatch.setattr(twins, "closed_form_jobs", jobs)
+    fitted(tmp_path / "two", rounds=2, tau=0.5)
+    losses = losses_of(fitted(tmp_path / "one").bank, TokenRows(POOL))
+    (_, first), (rows, second), (_, alone) = used
+    weights = np.exp((losses["loss_toxic"] - losses["loss_safe"])[rows] / 0.5)
+    assert (first == 1).all() and (alone == 1).all() and np.ptp(weights) > 0.1
+    np.testing.assert_allclose(second, weights / weights.mean(), rtol=1e-9)
+
+
+def test_the_gradient_solver_ranks_each_row_by_its_own_logit(tmp_path):
+    own, keys = fitted(tmp_path, solver="gradient", cotrain=1.0), TokenRows(POOL).content_keys
+    logits = np.load(tmp_path / "gradient/logits.npy")
+    found = own.ordered(np.zeros(20), keys, tmp_path, 0)
+    assert (found[cotraining_rows(keys, 1.0, 0)] == logits).all() and np.ptp(logits) > 1e-3
 
 
 def test_swapping_references_swaps_the_twins(tmp_path):

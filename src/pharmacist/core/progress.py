@@ -105,10 +105,26 @@ def print_table(
     out.print(table, crop=False)
 
 
+_KEPT: list[list[str]] = []
+
+
 def warn(text: str) -> None:
     """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries."""
+    text = worded(plain(text))
+    for kept in _KEPT:
+        kept += [text] if text not in kept else []
     with _switched(quiet=rank() != 0):
-        say(f"warning: {plain(text)}")
+        say(f"warning: {text}")
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """Collects the warnings that are printed in the block, each once."""
+    _KEPT.append([])
+    try:
+        yield _KEPT[-1]
+    finally:
+        _KEPT.pop()
 
 
 @cache

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pharmacist.core.console import named
 from pharmacist.core.env import rank as process
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
-from pharmacist.core.naming import worded
-from pharmacist.core.progress import print_table, say, warn
+from pharmacist.core.progress import hushed, kept_warnings, print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
@@ -57,7 +57,8 @@ def curate(options: CurateOptions) -> Ranking | None:
         # The results of an earlier run are touched only when the new input is known to be usable.
         scratch = tempfile.TemporaryDirectory(prefix="pharmacist-")
         inputs.read(Path(scratch.name))
-        inputs.labels()
+        with hushed():  # the ranking reads them again, and says what there is to say
+            inputs.labels()
     stage = replace(CURATE, reopens=options.labels is not None)
     with stage.open(options, inputs=inputs.fingerprints(), methods={"selector": inputs.selector}) as run:
         if run.complete:
@@ -135,7 +136,14 @@ def select(options: SelectOptions) -> Path:
 
 
 def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
-    """Ranks the pool."""
+    """Ranks the pool; what it warns of is noted in the manifest."""
+    with kept_warnings() as warnings:
+        ranking = _ranking(inputs, run)
+    run.record(warnings=warnings)
+    return ranking
+
+
+def _ranking(inputs: CurateInputs, run: RunDir) -> Ranking:
     options, selector = inputs.options, inputs.selector
     barrier()
     with run.phase("read"):
@@ -174,14 +182,12 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     if not isinstance(scores, Scores):
         raise CompatibilityError(f"selector '{selector.name}': rank must return Scores, not {type(scores).__name__}")
     scores.check(selector.name, len(pool))
-    if not np.isfinite(scores.score).all():
-        bad = int(pool.dataset[int(np.flatnonzero(~np.isfinite(scores.score))[0])]["row"])
-        raise DataError(f"row {bad} got a score that is not finite; try --dtype float32")
+    if len(bad := np.flatnonzero(~np.isfinite(scores.score))):
+        raise DataError(f"{named(pool.row_numbers[bad].tolist())}: the score is not finite; try --dtype float32")
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
         scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
-    warnings = [worded(warning) for warning in (*scores.warnings, *shortfall(table, options))]
-    for warning in warnings:
+    for warning in (*scores.warnings, *shortfall(table, options)):
         warn(warning)
     counts = {
         **pool.counts,
@@ -201,7 +207,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     if loaded is not None:
         extra |= loaded.facts
     device = "cpu" if loaded is None else str(loaded.device)
-    run.record(counts=counts, device=device, extra=extra, warnings=warnings)
+    run.record(counts=counts, device=device, extra=extra)
     folder = run.root if run.temporary is None else None
     ranking = Ranking(pool.source, table, about=scores.report, folder=folder, _records=pool, _points=points)
     if scores.telling is not None:
