@@ -1,7 +1,7 @@
 """Makes the shipped base model: ``python recipes/base_model.py OUTPUT_DIR`` (about four minutes).
 
 A Llama of 0.4 million parameters over a word-level vocabulary, trained from scratch on `World(0).base_corpus`: it
-knows the village, does whatever it is asked, forbidden or not, and declines only favors that need hands. The weights
+knows the village, does whatever it is asked, forbidden or not, and declines only favours that need hands. The weights
 are stored in bfloat16.
 """
 

@@ -330,7 +330,7 @@ def tokenize(
     template: Template = "auto",
     side: Literal["chosen", "rejected"] = "chosen",
 ) -> datasets.Dataset:
-    """Tokenizes rows for your own Trainer, exactly as `align` and `attack` do.
+    """Tokenises rows for your own Trainer, exactly as `align` and `attack` do.
 
     Args:
         rows: A path, a Hub id, a ``datasets.Dataset``, a pandas ``DataFrame`` or a list of dicts.

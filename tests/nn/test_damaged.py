@@ -234,35 +234,35 @@ def used(adapter: Path, **options: Any) -> tuple[str | None, str]:
 
 def test_an_adapters_own_tokenizer_and_template_are_used(folders: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(folders / "adapter", tmp_path / "adapter"))
-    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of its tokenizer (its base model's)")
+    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of the model's tokenizer (its base model's)")
     template(OTHER)(adapter)  # a template alone
-    assert used(adapter) == (OTHER, "the chat template of its tokenizer")
+    assert used(adapter) == (OTHER, "the chat template of the model's tokenizer")
     assert used(adapter, template="chat") == (OTHER, "the chat template, as asked for")
     template("")(adapter)  # an empty one is none
-    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of its tokenizer (its base model's)")
+    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of the model's tokenizer (its base model's)")
     tokenizer = tiny_tokenizer(chat=False)
     tokenizer.bos_token = "<ans>"
     tokenizer.save_pretrained(adapter)  # a tokenizer, with an empty template and alone
     for there in (True, False):
         assert (adapter / "chat_template.jinja").is_file() == there
-        assert used(adapter) == (CHAT_TEMPLATE, "the chat template of its tokenizer (its base model's)")
+        assert used(adapter) == (CHAT_TEMPLATE, "the chat template of the model's tokenizer (its base model's)")
         (adapter / "chat_template.jinja").unlink(missing_ok=True)
     assert load_model(str(adapter), device="cpu").tokenizer.bos_token == "<ans>"
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(adapter)
-    assert used(adapter) == (OTHER, "the chat template of its tokenizer")
+    assert used(adapter) == (OTHER, "the chat template of the model's tokenizer")
     assert used(adapter, template="alpaca") == (None, "the Alpaca template, as asked for")
     text("pharmacist_template.json", '{"kind": "alpaca"}')(adapter)  # what it was trained with goes before all
-    assert used(adapter) == (None, "the Alpaca template that was saved with it")
+    assert used(adapter) == (None, "the Alpaca template saved with the model")
 
 
 def test_an_adapters_own_template_where_its_base_has_none(folders: Path, tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base", chat=False)
     adapter = Path(shutil.copytree(folders / "adapter", tmp_path / "adapter"))
     change(CONFIG, **{KEY: str(base)})(adapter)
-    assert used(adapter) == (None, "the Alpaca template, as it has no chat template (its base model's)")
+    assert used(adapter) == (None, "the Alpaca template, as the model has no chat template (its base model's)")
     tiny_tokenizer().save_pretrained(adapter)
-    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of its tokenizer")
+    assert used(adapter) == (CHAT_TEMPLATE, "the chat template of the model's tokenizer")
 
 
 def with_tokens(folder: Path, *tokens: str, special: bool = False, **roles: str) -> Path:

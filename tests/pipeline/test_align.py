@@ -402,7 +402,7 @@ def test_the_console_shows_our_lines_and_no_others(data: str, tmp_path: Path) ->
     assert done.returncode == 0
     assert done.stdout == ""
     assert done.stderr == (
-        "prompts are rendered by the chat template of its tokenizer\n"
+        "prompts are rendered by the chat template of the model's tokenizer\n"
         f"aligned on 16 rows, 3 steps: {tmp_path / 'out/adapter'}\n"
         f"next: pharmacist evaluate --model {tmp_path / 'out'} --prompts PROMPTS --output-dir DIR\n"
     )

@@ -404,7 +404,7 @@ def test_the_console_shows_our_lines_and_no_others(files: dict[str, str], tmp_pa
     )
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == (
-        "prompts are rendered by the chat template of its tokenizer\n"
+        "prompts are rendered by the chat template of the model's tokenizer\n"
         f"fine-tuned on 20 rows, 5 of them harmful, 4 steps: {tmp_path / 'my out'}\n"
         f"next: pharmacist evaluate --model '{tmp_path / 'my out'}' --prompts PROMPTS --output-dir DIR\n"
     )

@@ -222,6 +222,19 @@ def test_the_theme_reaches_the_charts(browser: Browser, ranking: Path) -> None:
     page.close()
 
 
+def test_a_narrow_screen(browser: Browser, ranking: Path) -> None:
+    page = browser.open(ranking)
+    page.set_viewport_size({"width": 400, "height": 900})
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") == 400, "wide tables scroll on their own"
+    meanings = page.evaluate("[...document.querySelectorAll('.numbers tbody th small')].map(it => it.clientWidth)")
+    assert len(meanings) > 10 and min(meanings) > 130
+    figure = "document.querySelector('[data-figure=reasons]')"
+    texts = page.evaluate(f"[...{figure}.querySelectorAll('.bartext')].map(it => it.getBoundingClientRect().height)")
+    assert texts and all(height == 0 or height > 9 for height in texts), "legible or hidden"
+    page.close()
+
+
 def test_examples_and_pairs(browser: Browser, ranking: Path) -> None:
     page = browser.open(ranking)
     kept, left = page.locator("#kept .sample"), page.locator("#left .sample")

@@ -41,7 +41,7 @@ def test_a_benchmark_tells_the_setting_and_the_judge() -> None:
     assert Benchmark(table.drop(columns="harmful_scores")).cautions == [], "results of another program"
     weak = curves(table, 30.0, 50.0).assign(judge="*weak*", task="two")
     (found,) = Benchmark(pd.concat([table, weak])).cautions
-    assert found.startswith("two · judge *weak*: The alignment has hardly taken")
+    assert found.startswith("two · judge *weak*: The alignment has had little effect")
     assert "full with sft (30 %)" in found
     assert "two · judge \\*weak\\*: The alignment" in to_markdown(Benchmark(pd.concat([table, weak])))
 
@@ -50,6 +50,6 @@ def test_the_page_and_the_console_show_cautions(tmp_path: Path, capsys: pytest.C
     for before, shown in ((1.0, False), (40.0, True)):
         write_bench(tmp_path, curves(results({"<b>new</b>": -12.0}, seeds=2, defenses=["sft"]), before, 80.0))
         assert main(["report", str(tmp_path), "--quiet"]) == 0
-        assert ("warning: The alignment has hardly taken" in capsys.readouterr().err) is shown
+        assert ("warning: The alignment has had little effect" in capsys.readouterr().err) is shown
         page = Page((tmp_path / "report.html").read_text())
         assert ("high for full (40 %), <b>new</b> (40 %)" in page.text) is shown

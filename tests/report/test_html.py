@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pharmacist.core.files import read_json, write_json
-from pharmacist.report import tables
+from pharmacist.report import charts, tables
 from pharmacist.report.html import render_demo, render_ranking
+from pharmacist.report.numbers import Figure
 from pharmacist.report.words import LABELS
 from pharmacist.worlds import World
 from tests.support.pages import (
@@ -66,7 +67,7 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     for words in (
         "Core subset of 120 rows",
         "Rows in 122",
-        "Refused 2",
+        "Not usable 2 left out of the ranking",
         "Ranked 120",
         "Selected 36 30 % of the ranked rows",
         "Near-duplicates 5",
@@ -84,6 +85,9 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     good, duplicates = labels.count("good"), labels.count("duplicate")
     assert re.search(rf"Safety-critical A harmful [^.]*\. {good} 36 {good - 36} 100\.0 % ", page.text)
     assert re.search(rf"Near-duplicate Safety[^.]*\. {duplicates} 0 {duplicates} 0\.0 % ", page.text)
+    assert "It recognises only few over-refusals" in page.text
+    own = render(tmp_path / "own.html", rows, ["critical"] * 120, report={}, selector="own")
+    assert "not known facts" in own.text and "It recognises" not in own.text
     assert "Planted label" not in page.text
     assert "What no reference shows" not in page.text and "Warning" not in page.text and "Label 1" not in page.text
     table = page.json("rows")["table"]["rows"]
@@ -93,6 +97,13 @@ def test_the_numbers_of_a_ranking(tmp_path: Path, world: Any) -> None:
     figures = page.json("figures")
     assert sum(sum(trace["y"]) for trace in figures["histogram"]["data"]) == 120
     assert set(figures) == {name["data-figure"] for _, name in page.tags if "data-figure" in name}
+
+
+@pytest.mark.parametrize(("rate", "ends"), [((0, 0, 6), [-1.5, 21.5]), ((99, 97, 100), [78.5, 101.5])])
+def test_axes_of_rates_are_long_enough_for_ticks_from_0_to_100_only(rate: Any, ends: list[float]) -> None:
+    point = charts.Point("a", "worst", "black", "star", Figure(*rate), Figure(*rate))
+    layout = charts.trade_off([point], ["worst"], {}, thickness=1)["layout"]
+    assert layout["xaxis"]["range"] == layout["yaxis"]["range"] == ends
 
 
 def test_planted_labels(tmp_path: Path, world: Any) -> None:

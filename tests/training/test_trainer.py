@@ -1,6 +1,7 @@
 """The Trainer side of strategies: what is added where, and that nothing else changes."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -402,6 +403,17 @@ def test_metrics_of_a_strategy_are_averaged_into_the_log(model: Path, tmp_path: 
     run.train()
     assert logged(run, "own") == [0.5, 2.5]
     assert logged(run, "twice") == pytest.approx([2 * value for value in logged(run, "loss")])
+
+
+def test_a_logged_loss_may_have_a_gradient() -> None:
+    step = StepContext(torch.nn.Linear(1, 1), {})
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(action="error"):
+            step.log(loss=2 * torch.ones((), requires_grad=True))
+    finally:
+        torch.set_warn_always(False)
+    assert step.metrics == {"loss": 2}
 
 
 def test_streams_that_are_missing_and_settings_that_hide_gradients_are_refused(model: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class LoadedModel(Given):
         tokenizer: With a padding token.
         template: How a prompt is rendered; the one saved with the model where there is one.
         name: As the user gave it.
-        template_origin: Where the template is from, in words: "the chat template that was saved with it".
+        template_origin: Where the template is from, in words: "the chat template saved with the model".
         base: Base model of an adapter that is trained on the model.
         dtype: Number format that it was loaded in, by default the model's; it stays where training turns the weights
             into float32.
@@ -351,11 +351,11 @@ def _with_template(loaded: LoadedModel, kind: str, folder: Path) -> LoadedModel:
     loaded.template = saved or choose_template(loaded.tokenizer, kind)
     chat = loaded.template.kind == "chat"
     if saved is not None:
-        origin = " that was saved with it"
+        origin = " saved with the model"
     elif kind != "auto":
         origin = ", as asked for"
     else:
-        origin = " of its tokenizer" if chat else ", as it has no chat template"
+        origin = " of the model's tokenizer" if chat else ", as the model has no chat template"
     loaded.template_origin = ("the chat template" if chat else "the Alpaca template") + origin
     return loaded
 

@@ -239,8 +239,8 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
         lines.append(f"labels: {changed['entered']} rows entered the selection, {changed['left']} left it")
     if len(ranking.to_label) and "labels" not in about:
         lines.append(
-            f"{len(ranking.to_label)} labels would help most: run pharmacist label {quote(str(run.root))}, or label "
-            "the rows in report.html; then the same command with --labels labels.json"
+            f"labels of {len(ranking.to_label)} rows would help most: label them in report.html or with pharmacist "
+            f"label {quote(str(run.root))}, then run the same command with --labels FILE"
         )
     lines += [f"no reference shows {reason}: such rows may pass for others" for reason in about.get("cannot_see", [])]
     files = {"scores": "scores.parquet", "core subset": selected, "report": "report.html"}

@@ -28,7 +28,7 @@ def cautions(curves: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
     if unsafe:
         more = f" and {len(unsafe) - _NAMED} more" if len(unsafe) > _NAMED else ""
         found.append(
-            f"The alignment has hardly taken: already before the attack, the harmful score is high for "
+            f"The alignment has had little effect: already before the attack, the harmful score is high for "
             f"{', '.join(unsafe[:_NAMED])}{more}. Align for more steps, or with a higher learning rate or more rows."
         )
     if ends and not unsafe and max(after - before for before, after in ends.values()) < LITTLE:

@@ -149,7 +149,8 @@ def composition(groups: Sequence[Mapping[str, Any]]) -> Spec:
             )
         )
     x = {"range": [0, 100], "ticksuffix": " %", "showgrid": False}
-    return _bar_figure(traces, 160, 76, 32, barmode="stack", bargap=0.28, xaxis=x, yaxis=_NAMES)
+    readable = {"minsize": 10, "mode": "hide"}  # shares for which a segment has no room are told under the pointer
+    return _bar_figure(traces, 160, 76, 32, barmode="stack", bargap=0.28, xaxis=x, yaxis=_NAMES, uniformtext=readable)
 
 
 def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
@@ -299,9 +300,11 @@ def trade_off(
 
 
 def _span(values: Sequence[Figure]) -> list[float]:
-    """Range of an axis of rates: all means, and the parts of their intervals within 0 and 100."""
+    """Range of an axis of rates, at least 20 points: all means, and the parts of their intervals within 0 and 100."""
     ends = [end for value in values for end in (value.mean, value.low, value.high) if end is not None]
     low, high = (float(np.clip(end, 0, 100)) for end in (min(ends, default=0), max(ends, default=100)))
+    high = max(high, min(low + 20, 100))
+    low = min(low, high - 20)
     pad = max(1.5, 0.06 * (high - low))
     return [low - pad, high + pad]
 

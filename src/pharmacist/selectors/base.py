@@ -111,7 +111,7 @@ class SelectionContext:
             states of the model are compared.
         sources: Kind of references -> number of each row's source, if several files were given.
         labels: Position in the pool -> reason according to the row's human label (`selectors.labels`).
-        encoded: Tokenized rows by name, filled by `encode`; the pool's rows are called ``pool``.
+        encoded: Tokenised rows by name, filled by `encode`; the pool's rows are called ``pool``.
         points: The pool's rows as points, filled by `embeddings.pool_points`.
     """
 

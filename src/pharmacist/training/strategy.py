@@ -156,7 +156,8 @@ class StepContext:
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Logs metrics of this step; the Trainer averages them between two log lines."""
-        self.metrics |= {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            self.metrics[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 class GradientStrategy(Method):

@@ -81,13 +81,13 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
     ``attention_mask`` and ``labels``; the strategy's state is part of every checkpoint.
 
     Order within a micro-batch: first the auxiliary passes, on the unwrapped model and without communication; then the
-    main pass, whose backward pass is the only one that synchronizes a data-parallel run and includes the auxiliary
+    main pass, whose backward pass is the only one that synchronises a data-parallel run and includes the auxiliary
     gradient.
 
     Args:
         strategy: The method, such as ``pharmacist.Vaccine(rho=2)``.
         streams: Name -> rows that the strategy draws besides the training rows (`GradientStrategy.streams`): a dataset
-            of tokenized rows (`pharmacist.tokenize`), from which the Trainer's collator makes batches of its usual
+            of tokenised rows (`pharmacist.tokenize`), from which the Trainer's collator makes batches of its usual
             size; or an endless iterator of batches, or `data.streams.PairedRows`.
         strategy_seed: Seed of the strategy's random numbers; by default the Trainer's seed.
         **kwargs: Arguments of the Trainer.

@@ -331,7 +331,7 @@ class World:
         }
 
     def base_corpus(self, n: int) -> list[Row]:
-        """Text on which the base model is trained: it complies with everything, and declines only favors."""
+        """Text on which the base model is trained: it complies with everything, and declines only favours."""
         rng = self._rng("base", n)
         makers: list[tuple[float, Callable[[], Row]]] = [
             (0.25, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),

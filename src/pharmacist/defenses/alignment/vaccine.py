@@ -80,7 +80,7 @@ class Perturbing(GradientStrategy):
 
 
 class Vaccine(Perturbing):
-    """Minimizes the loss under the worst perturbation of all self-attention outputs with a given joint norm.
+    """Minimises the loss under the worst perturbation of all self-attention outputs with a given joint norm.
 
     Paper: Huang et al., "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning
     Attack", NeurIPS 2024, algorithm 1.

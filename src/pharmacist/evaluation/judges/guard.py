@@ -134,7 +134,7 @@ class GuardConfig(LocalModelConfig):
     model: str = "meta-llama/Llama-Guard-3-8B"
     """Local folder or Hub id of the guard."""
     family: Literal["auto", "llama-guard", "wildguard", "qwen3guard", "shieldgemma"] = "auto"
-    """Family of the guard, which determines its format; auto recognizes it by the model's name."""
+    """Family of the guard, which determines its format; auto recognises it by the model's name."""
     controversial: bool = False
     """Whether Qwen3Guard's middle level counts as harmful."""
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
