@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
-from pharmacist.selectors.pharmacist.requests import LEAST_DOUBT, RIDGES, leave_one_out, log_odds, standardised
+from pharmacist.selectors.pharmacist.questions import LABEL_WEIGHT, NO_LABELS, Labels
+from pharmacist.selectors.pharmacist.requests import (
+    LEAST_DOUBT,
+    RIDGES,
+    RequestQuestion,
+    leave_one_out,
+    log_odds,
+    standardised,
+)
 
 
 def problem(n: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,6 +74,23 @@ def test_rows_without_weight_are_predicted_by_the_others():
     targets[20:] = 99
     _, again = leave_one_out(features, targets, weights)
     np.testing.assert_allclose(again, found, rtol=0, atol=1e-6)
+
+
+def test_a_pool_is_judged_by_its_own_answers_and_by_labels():
+    features, refuses, known = problem(30, 4)[0], np.random.default_rng(1).normal(size=20), np.arange(10) % 2
+    labels, labelled = Labels(np.array([3, 8]), np.array([0, 2])), [13, 18]  # a safe row, and one of the utility
+    targets, weights = np.concatenate([known, expit(refuses)]), np.ones(30)
+    asked = RequestQuestion(("lexical",))
+    without = leave_one_out(features, targets, weights)[0]
+    np.testing.assert_allclose(asked.of_pool(features, known, refuses, NO_LABELS), log_odds(without[10:]))
+    targets[labelled], weights[labelled] = (1, 0), LABEL_WEIGHT
+    held_out, fitted = leave_one_out(features, targets, weights)
+    found = asked.of_pool(features, known, refuses, labels)
+    expected = log_odds(np.where(np.isin(np.arange(30), labelled), fitted, held_out))[10:]
+    np.testing.assert_allclose(found, expected)
+    # Negative control: labels that count as much as any row, and labelled rows that do not count for themselves.
+    equal = log_odds(leave_one_out(features, targets, np.ones(30))[0])[10:]
+    assert (found != equal).all() and (log_odds(held_out)[labelled] != found[[3, 8]]).all()
 
 
 def test_features_have_a_total_variance_of_one():
