@@ -17,12 +17,12 @@ class VLGuardConfig(Checked):
     """Options of VLGuard mixing."""
 
     share: NotNegative = 0.1
-    """Safe rows per row of the user's set; 0 is sft."""
+    """Safe rows per row of the user's set in the modes append and replace; 0 is sft."""
     mode: Literal["append", "replace", "joint"] = "append"
     """append: train on more rows. replace: leave out as many benign rows (same cost; for comparisons only, since a
     provider does not know which rows are benign). joint: a second loss on a batch of safe rows in every step."""
     lam: NotNegative = 0.1
-    """Weight of the second loss in the mode joint."""
+    """Weight of the second loss in the mode joint; 0 is sft."""
 
 
 class VLGuard(GradientStrategy):
