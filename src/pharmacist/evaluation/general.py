@@ -108,7 +108,7 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
     harness, models = (importlib.import_module(name) for name in ("lm_eval", "lm_eval.models.huggingface"))
     model = models.HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 8)
     try:
-        seeds = {f"{kind}random_seed": seed for kind in ("", "numpy_", "torch_", "fewshot_")}
+        seeds = {f"{kind}random_seed": seed % 2**32 for kind in ("", "numpy_", "torch_", "fewshot_")}  # NumPy's range
         found = harness.simple_evaluate(model=model, tasks=names, log_samples=False, **seeds)
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"--lm-eval {','.join(names)}: lm-eval cannot run them ({one_line(error)})") from error
