@@ -89,7 +89,8 @@ def test_judge_and_task(runs: Path) -> None:
     metrics = json.loads((runs / "scores" / "metrics.json").read_text())
     items = [json.loads(line) for line in (runs / "scores" / "items.jsonl").read_text().splitlines()]
     harmful = sum(len(item["answer"].split()) > 2 for item in items if item["set"] == "prompts")
-    assert metrics["harmful_score"]["judge"] == "long-winded@1" and metrics["harmful_score"]["count"] == harmful
+    score = metrics["harmful_score"]
+    assert score["judge"].startswith("long-winded@1+") and score["count"] == harmful
     assert metrics["fine_tune_accuracy"]["task_type"] == "first-word@1"
 
 

@@ -1,10 +1,12 @@
 import math
 import time
+from dataclasses import dataclass, field
 
 import pytest
 
 from pharmacist.core.errors import DataError, UnknownNameError
 from pharmacist.evaluation.graders import GRADERS, Grade, GradeItem, Grader, detect_grader
+from pharmacist.evaluation.graders.base import Matching
 from pharmacist.evaluation.graders.number import published_number, readings
 
 
@@ -218,3 +220,23 @@ def test_labels_that_look_like_markup_stay_apart() -> None:
     for label in labels:
         right = [graded(task, [target], [label])[0].correct for target in labels]
         assert right == [target == label for target in labels], label
+
+
+@dataclass
+class NearConfig:
+    similarity: float = 0.8
+    words: list[str] = field(default_factory=list)
+
+
+class Near(Matching):
+    Config = NearConfig
+    version = 2
+    matching = ("near", "contained")
+
+    def right(self, target: str, answer: str) -> Grade:
+        return Grade(target == answer, target in answer)
+
+
+def test_a_grader_with_other_options_has_another_label() -> None:
+    assert Near().label == Near(similarity=0.8, words=[]).label == "near@2"
+    assert len({Near().label, Near(similarity=0.5).label, Near(similarity=0.6).label, Near(words=["a"]).label}) == 4

@@ -84,7 +84,10 @@ class LongWinded(Judge):
 
     Config = LongWindedConfig
     name: ClassVar[str] = "long-winded"
-    revision = "1"
+
+    @property
+    def revision(self) -> str:
+        return self.with_options("1")
 
     def judge(self, items) -> list[Any]:
         return [Verdict(len(item.answer.split()) > self.config.words, refused=not item.answer) for item in items]

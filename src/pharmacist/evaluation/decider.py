@@ -1,8 +1,10 @@
 """The base of judges and graders."""
 
 from abc import ABC, abstractmethod
+from dataclasses import MISSING, fields
 from pathlib import Path
 
+from pharmacist.core.hashing import sha256_json
 from pharmacist.core.method import Method
 
 
@@ -23,6 +25,20 @@ class Decider(Method, ABC):
     def label(self) -> str:
         """``name@revision``, by which metrics name who decided."""
         return f"{self.name}@{self.revision}"
+
+    def with_options(self, version: str, *besides: str) -> str:
+        """A version, with a hash of the options that are not the defaults, if there are any.
+
+        Only options that can change a decision count (`identity`), `besides` not.
+        """
+        defaults = {
+            field.name: field.default if field.default_factory is MISSING else field.default_factory()
+            for field in fields(self.config)
+            if field.name not in besides
+        }
+        given = self.identity()
+        options = {name: given[name] for name in defaults if name in given and given[name] != defaults[name]}
+        return version + (f"+{sha256_json(options)[:8]}" if options else "")
 
     def fingerprint(self) -> str | None:
         """Hash of the files that it reads besides references and task; None if there are none."""

@@ -350,6 +350,6 @@ def cost(
         )
         for at, (title, values) in enumerate(parts.items())
     ]
-    x = {"title": {"text": "seconds"}, "rangemode": "tozero"}
+    x = {"title": {"text": "seconds"}, "rangemode": "tozero", "nticks": 4}
     y = {"showgrid": False, "tickfont": {"color": _INK, "size": 12}, "dividercolor": _LINE, "automargin": True}
     return _bar_figure(traces, 90 + 24 * len(colors), 150, 48, barmode="stack", bargap=0.25, xaxis=x, yaxis=y)

@@ -74,7 +74,7 @@ class Matching(Grader[Grade]):
 
     @property
     def revision(self) -> str:
-        return str(self.version)
+        return self.with_options(str(self.version))
 
     def problem(self, target: str) -> str:
         """Why a target is not of this kind, and the remedy; empty if it is."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.hashing import sha256_json
 from pharmacist.core.scripts import SPACED
 from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.evaluation.judges.base import Judge, JudgeItem, Verdict
@@ -75,8 +74,7 @@ class KeywordJudge(Judge):
     @property
     def revision(self) -> str:
         """The version, with a hash of the options if they are not the defaults."""
-        options = vars(self.config)
-        return str(_VERSION) if options == vars(KeywordConfig()) else f"{_VERSION}+{sha256_json(options)[:8]}"
+        return self.with_options(str(_VERSION))
 
     def refuses(self, answer: str) -> bool:
         """Whether an answer starts like a refusal."""

@@ -1,7 +1,7 @@
 """The base of judges that are local models: loading, version, logits."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from pharmacist.core.env import offline
 from pharmacist.core.errors import ConfigError, DataError, one_line
-from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1, Checked
 from pharmacist.evaluation.judges.base import Judge, Verdict
 from pharmacist.nn.devices import resolve_device, resolve_dtype
@@ -53,9 +52,7 @@ class LocalModelJudge(Judge):
     @property
     def revision(self) -> str:
         """The model's content hash or hub commit, with a hash of the options if they are not the defaults."""
-        defaults = {field.name: field.default for field in fields(self.config) if field.name != "model"}
-        options = {name: value for name, value in self.identity().items() if defaults.get(name, value) != value}
-        return self._version + (f"+{sha256_json(options)[:8]}" if options else "")
+        return self.with_options(self._version, "model")
 
     def check(self) -> None:
         """Looks the model up before hours are spent on answers."""
