@@ -29,7 +29,6 @@ from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, P
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.evaluate import EvaluateResult
-from pharmacist.pipeline.stages.sweep import GridOptions
 from pharmacist.selectors.base import Scores, SelectionContext
 from pharmacist.training.options import LoraOptions, train_options
 from pharmacist.training.strategy import GradientStrategy
@@ -350,6 +349,10 @@ def test_scores_show_themselves(model: PreTrainedModel) -> None:
     answers = [item["answer"] for item in scores.items()]
     assert all(answers) and not any(answer in repr(scores) for answer in answers)  # they may be harmful
     assert scores.folder is None
+    # Answers that are there already need no model, and are judged alike.
+    own = [{"prompt": item["prompt"], "answer": item["answer"]} for item in scores.items() if item["set"] == "prompts"]
+    again = ph.evaluate(answers=own, judge=ph.KeywordJudge())
+    assert len(own) == 8 and again.metrics["harmful_score"].items() <= harmful.items()
 
 
 def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,7 +553,7 @@ def test_messages_name_arguments_and_leave_commands_as_they_are(
         ph.curate(ph.CurateOptions(**given))
         assert re.search(message, capsys.readouterr().err)
     more: dict[str, Any] = {"evaluate": {"prompts": pool, "task": pool}, "output_dir": str(tmp_path / "sweep")}
-    sweep = ph.SweepOptions(model=str(BASE_MODEL), task=pool, grid=GridOptions(rank=[4]), **more)
+    sweep = ph.SweepOptions(model=str(BASE_MODEL), task=pool, grid=ph.GridOptions(rank=[4]), **more)
     errors: dict[str, Callable[[], Any]] = {
         "top_k 41: the pool has 40 rows to rank": lambda: ph.curate(ph.CurateOptions(**again)),
         "kind mix needs harmful FILE": lambda: ph.sweep(sweep),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pharmacist.pipeline.stages.curate import CurateOptions
     from pharmacist.pipeline.stages.evaluate import EvaluateOptions
     from pharmacist.pipeline.stages.repair import RepairOptions
-    from pharmacist.pipeline.stages.sweep import SweepOptions
+    from pharmacist.pipeline.stages.sweep import GridOptions, SweepOptions
     from pharmacist.pipeline.sweep import sweep
     from pharmacist.training.trainer import StrategyMixin, StrategyTrainer
 
@@ -33,6 +33,7 @@ __all__ = [
     "AttackOptions",
     "CurateOptions",
     "EvaluateOptions",
+    "GridOptions",
     "Ranking",
     "RepairOptions",
     "StrategyMixin",
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "GridOptions": "pipeline.stages.sweep",
     "Ranking": "pipeline.ranking",
     "StrategyMixin": "training.trainer",
     "StrategyTrainer": "training.trainer",

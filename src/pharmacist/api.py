@@ -271,10 +271,11 @@ def repair(
 
 @explained(EvaluateOptions)
 def evaluate(
-    model: Model | EvaluateOptions,
+    model: Model | EvaluateOptions | None = None,
     *,
     prompts: Rows | None = None,
     benign_prompts: Rows | None = None,
+    answers: Rows | None = None,
     task: Rows | None = None,
     task_type: Choice | Grader[Any] = "auto",
     judge: Choice | Judge = "keyword",
@@ -299,7 +300,8 @@ def evaluate(
     """Measures harmful score, over-refusal and fine-tune accuracy of a model, with intervals.
 
     Args:
-        model: The model; or `EvaluateOptions`, to run the command with these options.
+        model: The model; or `EvaluateOptions`, to run the command with these options. Left out where there are
+            `answers`.
         task_type: Grader of the answers to the task, such as ``Exact()``, or its name; auto chooses a grader itself.
         judge: The judge that decides whether an answer is harmful, such as ``ProbeJudge()``, or its name.
         output_dir: Folder for ``metrics.json``, ``items.jsonl`` and the manifest, in which an interrupted run can be

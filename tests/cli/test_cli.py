@@ -155,6 +155,18 @@ def test_bad_usage_is_2(pool: dict[str, str], tmp_path: Path, capsys: pytest.Cap
     assert one_line(capsys).startswith("pharmacist curate: error: --pool and --output-dir must be given")
     assert main(chance(pool, tmp_path / "out", "--topk", "3")) == 2
     assert "unknown option '--topk'; did you mean '--top-k'?" in one_line(capsys)
+    for given, near in (
+        ("--max-steps", "--train.max_steps"),
+        ("--per-device-train-batch-size", "--train.per_device_train_batch_size"),
+        ("--epochs", "--train.num_train_epochs"),
+        ("--alpha", "--lora.alpha"),
+    ):
+        assert main(["align", given, "3"]) == 2
+        assert f"unknown option '{given}'; did you mean '{near}'?" in one_line(capsys)
+    (tmp_path / "align.yaml").write_text("learning_rate: 0.1\n")
+    assert main(["align", "--config", str(tmp_path / "align.yaml")]) == 2
+    assert "unknown key 'learning_rate'; did you mean 'train.learning_rate'?" in one_line(capsys)
+    (tmp_path / "align.yaml").unlink()
     assert main(chance(pool, tmp_path / "deep" / "out" / ("a" * 300))) == 2
     assert "cannot be written (File name too long)" in one_line(capsys)
     assert not any(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import pytest
 from pharmacist.core.errors import ConfigError, DataError, OtherRunError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.options import RunOptions
+from pharmacist.core.progress import kept_warnings, warn
 from pharmacist.core.typed import AtLeast1
 from pharmacist.pipeline.commands import COMMANDS
 from pharmacist.pipeline.stage import Stage
@@ -42,6 +43,8 @@ SOUP = SimpleNamespace(config=SimpleNamespace(salt=1))
 def brew(options: BrewOptions, fail: str = "") -> bool:
     """Whether anything was done."""
     with BREW.open(options, inputs={"water": "1"}, methods={"kind": SOUP}) as run:
+        for kettle in ("small", "small", "large")[: options.stirs - 1]:
+            warn(f"the {kettle} kettle boils over")
         if run.complete:
             return False
         run.path("recipe.txt").write_text("water")
@@ -66,6 +69,18 @@ def test_a_finished_run_is_told_and_identified_by_what_changes_results(tmp_path:
     with pytest.raises(OtherRunError, match="holds a run with other stirs"):
         brew(options(tmp_path, stirs=2))
     assert brew(options(tmp_path, stirs=2, overwrite=True)) is True
+
+
+def test_the_manifest_keeps_the_warnings_of_its_own_run(tmp_path: Path, capsys: Any) -> None:
+    with kept_warnings() as around:
+        warn("it rains")
+        with pytest.raises(DataError):
+            brew(options(tmp_path), fail="late")
+        assert brew(options(tmp_path, stirs=4, overwrite=True)) is True
+    own = ["the small kettle boils over", "the large kettle boils over"]
+    assert around == ["it rains"] and read_manifest(tmp_path / "out").warnings == own
+    assert brew(options(tmp_path, stirs=4)) is False and read_manifest(tmp_path / "out").warnings == own
+    assert capsys.readouterr().err.count("warning: ") == 1 + 3 + 3
 
 
 def test_quiet_lasts_for_the_one_call(tmp_path: Path, capsys: Any) -> None:

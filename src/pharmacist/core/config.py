@@ -336,6 +336,12 @@ def _chosen_methods(options: Any, config: dict[str, Any], where: str, line: Line
     return chosen
 
 
+def _suggested(table: Mapping[str, _Option]) -> list[str]:
+    """What an unknown option may have meant: the options, and the keys of mappings whose keys are a dataclass's."""
+    keys = {name: option.item.metadata["keys"] for name, option in table.items() if "keys" in option.item.metadata}
+    return [*table, *(f"{name}.{key.name}" for name, of in keys.items() for key in fields(resolve_name(of)))]
+
+
 def _file_values(
     table: Mapping[str, _Option], config: Mapping[str, Any], where: str, prog: str, prefix: str = ""
 ) -> dict[str, Any]:
@@ -343,7 +349,8 @@ def _file_values(
     for name, value in underscored(config, where, prefix).items():
         inner = any(known.startswith(f"{name}.") for known in table)
         if not inner and name not in table:
-            raise ConfigError(f"{where}: unknown key '{name}'{closest(name, table, prog and f'see {prog} --help')}")
+            nearest = closest(name, _suggested(table), prog and f"see {prog} --help")
+            raise ConfigError(f"{where}: unknown key '{name}'{nearest}")
         if value is None:  # as if the key were not there
             continue
         if inner or table[name].is_method:
@@ -368,7 +375,7 @@ def _add_line_values(values: dict[str, Any], table: Mapping[str, _Option], line:
         if not option:
             if inner := [known for known in table if known.startswith(f"{name}.")]:
                 raise ConfigError(f"{flag(name)} has options of its own, such as {flag(inner[0])}")
-            nearest = closest(flag(name), map(flag, table), f"see {prog} --help")
+            nearest = closest(flag(name), map(flag, _suggested(table)), f"see {prog} --help")
             raise ConfigError(f"unknown option '{flag(name)}'{nearest}")
         given = [words or ["true"] for words in given] if option.is_switch else given
         if not all(given):

@@ -111,15 +111,15 @@ _KEPT: list[list[str]] = []
 def warn(text: str) -> None:
     """Prints a line that begins with ``warning``, under ``--quiet`` too, which silences progress and summaries."""
     text = worded(plain(text))
-    for kept in _KEPT:
-        kept += [text] if text not in kept else []
+    if _KEPT and text not in _KEPT[-1]:
+        _KEPT[-1].append(text)
     with _switched(quiet=rank() != 0):
         say(f"warning: {text}")
 
 
 @contextmanager
 def kept_warnings() -> Iterator[list[str]]:
-    """Collects the warnings that are printed in the block, each once."""
+    """Collects the warnings that are printed in the block, each once, without those of blocks within it."""
     _KEPT.append([])
     try:
         yield _KEPT[-1]

@@ -19,16 +19,18 @@ T = TypeVar("T")
 def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """A hint such as ``; did you mean 'random'?``; where no name is close, `otherwise` or the known names.
 
-    A name with all the words of the given one comes before those that are only spelled alike.
+    A name that ends in all the words of the given one comes first, then one that has them all, then those that are
+    only spelled alike.
     """
     known, words = sorted(known), _words(name)
-    longer = [one for one in known if words and words <= _words(one)]
+    last = [one for one in known if words and _words(one)[-len(words) :] == words]
+    longer = last or [one for one in known if words and set(words) <= set(_words(one))]
     match = difflib.get_close_matches(name, longer, n=1, cutoff=0) or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{match[0]}'?" if match else f"; {otherwise or 'known: ' + (', '.join(known) or 'none')}"
 
 
-def _words(name: str) -> set[str]:
-    return set(re.findall(r"[^\W_]+", name.lower()))
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
 
 
 @cache

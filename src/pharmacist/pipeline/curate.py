@@ -15,7 +15,7 @@ from pharmacist.core.env import rank as process
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
-from pharmacist.core.progress import hushed, kept_warnings, print_table, say, warn
+from pharmacist.core.progress import hushed, print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
@@ -136,14 +136,6 @@ def select(options: SelectOptions) -> Path:
 
 
 def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
-    """Ranks the pool; what it warns of is noted in the manifest."""
-    with kept_warnings() as warnings:
-        ranking = _ranking(inputs, run)
-    run.record(warnings=warnings)
-    return ranking
-
-
-def _ranking(inputs: CurateInputs, run: RunDir) -> Ranking:
     options, selector = inputs.options, inputs.selector
     barrier()
     with run.phase("read"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
-from pharmacist.core.progress import say, silenced
+from pharmacist.core.progress import kept_warnings, say, silenced
 from pharmacist.core.rundir import RunDir
 from pharmacist.nn.distributed import from_main
 
@@ -108,6 +108,7 @@ class Stage:
         """Takes possession of the output folder for as long as the stage works in it, and says if it is complete.
 
         A run that fails on bad input frees its folder for one with corrected input, unless it holds costly results.
+        The manifest of one that goes on keeps the warnings that are printed.
 
         Args:
             options: Of the run.
@@ -137,7 +138,10 @@ class Stage:
                 run.root = from_main(run.root)
             if run.complete and self.again:
                 say(f"{run.root}: already complete; --overwrite {self.again}")
-            yield run
+            with kept_warnings() as warnings:
+                if not run.complete:
+                    run.manifest.warnings = warnings
+                yield run
         except PharmacistError:
             if not any(run.holds(pattern) for pattern in self.costly):
                 run.discard(*self.early)

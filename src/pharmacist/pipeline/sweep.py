@@ -34,7 +34,7 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
-from pharmacist.pipeline.bench.stages import Draft, Stage, make_stage
+from pharmacist.pipeline.bench.stages import Draft, Stage, make_stage, stage_warnings
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs, verdict_files
 from pharmacist.pipeline.pages import sweep_page, write_table
 from pharmacist.pipeline.stages.attack import AttackOptions
@@ -249,8 +249,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
     partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
     failed = "answers or verdicts failed; the metrics cover the rest, and the same command requests them again"
-    warnings = [failed] if partial else []
-    for warning in warnings:
+    for warning in [*stage_warnings(sweep.stages.values()), *([failed] if partial else [])]:
         warn(warning)
     if rank() == 0:
         write_json(run.path("sweep.json"), summary)
@@ -259,7 +258,6 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         run.record(
             counts={"attacks": len(entries), "diverged": sum("failed" in entry for entry in entries)},
             metrics={"worst": summary["worst"]},
-            warnings=warnings,
         )
         sweep_page(run.root, run.manifest)
         outputs = ["sweep.json", "sweep.parquet", "sweep.md", "report.html", "attack", "evaluate"]

@@ -102,7 +102,7 @@ class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
     """Also write model/, the whole model with the adapter merged into it."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     """The adapter."""
-    train: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict, metadata={"keys": "transformers:TrainingArguments"})
     """Fields of transformers' TrainingArguments, such as --train.max_steps 20; the docs list the defaults."""
 
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = {}

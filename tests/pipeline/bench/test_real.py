@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.cli.main import main
+from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
 from pharmacist.selectors.labels import write_labels
 from pharmacist.worlds import World
@@ -24,8 +26,9 @@ from tests.support.world_files import TWO_PROCESSES
 RECIPES = Path(__file__).parents[3] / "recipes"
 
 
-def test_real_stages(tmp_path: Path) -> None:
+def test_real_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes: dict[str, Any] = {
+        "judges": [{"judge": "probe", "safe": "world:judge-safe:20", "harmful": "world:judge-harmful:20"}],
         "selectors": ["random"],
         "defenses": ["repnoise"],
         "post_alignment_defenses": ["safe-lora"],
@@ -33,7 +36,15 @@ def test_real_stages(tmp_path: Path) -> None:
     few = FEW_STEPS | {"align": FEW_STEPS["align"] | {"harmful": "world:answers"}}
     grid = write_grid(tmp_path / "grid.yaml", **changes, **few)
     assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out")]) == 0
-    assert "This grid is incomplete" not in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "This grid is incomplete" not in page
+    # What the stages warn of is told once, and kept.
+    text = "--judge probe: no utility references: harmless help may pass for compliance"
+    (warning,) = [it for it in read_manifest(tmp_path / "out").warnings if text in it]
+    assert re.fullmatch(rf"evaluate probe: {text} \(\d stages\)", warning) and warning in page
+    assert capsys.readouterr().err.count(text) == 1
+    evaluations = [read_manifest(path) for path in (tmp_path / "out" / "stages").glob("evaluate-*")]
+    assert warning.endswith(f"({len(evaluations)} stages)") and all(text in it.warnings for it in evaluations)
     row = pd.read_parquet(tmp_path / "out" / "results.parquet").iloc[0]
     assert (row["pool_rows"], row["alignment_rows"], row["samples"], row["prompts"]) == (60, 30, 20, 5)
     assert list(row["attack_steps"]) == [0, 1, 2]

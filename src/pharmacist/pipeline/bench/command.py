@@ -21,7 +21,7 @@ from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
 from pharmacist.pipeline.bench.overlap import shared_prompts
 from pharmacist.pipeline.bench.results import Result, collect, write_results, write_verdicts
-from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished
+from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished, stage_warnings
 from pharmacist.pipeline.pages import bench_page
 
 
@@ -59,7 +59,7 @@ def bench(options: BenchOptions) -> BenchResult:
     waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
     if options.dry_run:
         check_usable(root, options)
-        _warnings(plan)
+        _warn(plan)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if waiting and rank() == 0:
@@ -70,7 +70,7 @@ def bench(options: BenchOptions) -> BenchResult:
         if run.complete and not waiting:
             say(f"{root}: already complete, nothing to run")
             return BenchResult(list(collect(plan)), [], root)
-        run.record(warnings=_warnings(plan))
+        _warn(plan)
         ended: list[Outcome] = []
         try:
             run.claim("stages")
@@ -104,12 +104,10 @@ def bench(options: BenchOptions) -> BenchResult:
         return BenchResult(rows, [outcome.stage for outcome in ended if outcome.done], root)
 
 
-def _warnings(plan: Plan) -> list[str]:
-    """Reasons not to trust the results, which the first process prints."""
-    found = [*plan.warnings, *shared_prompts(plan)] if rank() == 0 else []
-    for warning in found:
+def _warn(plan: Plan) -> None:
+    """Prints in the first process what speaks against trusting the results before any is there."""
+    for warning in [*plan.warnings, *shared_prompts(plan)] if rank() == 0 else ():
         warn(warning)
-    return found
 
 
 def _mark_unfinished(root: Path) -> None:
@@ -145,6 +143,8 @@ def _write(plan: Plan, run: RunDir, failed: dict[str, Exception]) -> list[Result
         seeds={f"seed {seed}": seed for seed in plan.axes["seed"]},
         extra={"axes": plan.axes, "failed": failures},
     )
+    for warning in stage_warnings(plan.stages.values()):
+        warn(warning)
     run.manifest.write(run.root)
     if rows:
         bench_page(run.root, run.manifest)

@@ -1,9 +1,11 @@
 """A stage of the graph: one run of one command, in a folder named by a hash of all that its result depends on."""
 
 import copy
+import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -252,3 +254,22 @@ def is_current(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     inputs = {} if stage.manifest is None else stage.manifest.inputs
     judged = all(inputs.get(name, content) == content for name, content in stage.verdict_files.items())
     return judged and not is_stale(stage, stages)
+
+
+_NUMBER = re.compile(r"\d[\d.,]*")
+
+
+def stage_warnings(stages: Iterable[Stage]) -> list[str]:
+    """The warnings of finished stages, with whose they are; of those that differ only in numbers, the first."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for stage in stages:
+        manifest = stage.manifest
+        for text in manifest.warnings if manifest is not None and manifest.finished else ():
+            found[stage.kind, _NUMBER.sub("", text)].append((stage.method, text))
+    return [_said(kind, *zip(*warnings, strict=True)) for (kind, _), warnings in found.items()]
+
+
+def _said(kind: str, methods: Sequence[str], texts: Sequence[str]) -> str:
+    first, *more = dict.fromkeys(methods)
+    whose = f"{first} and {len(more)} more" if len(more) > 2 else ", ".join([first, *more])
+    return f"{kind} {whose}: {texts[0]}" + (f" ({len(texts)} stages)" if len(texts) > 1 else "")

@@ -111,7 +111,7 @@ EVALUATE = Stage(
     example="pharmacist evaluate --model runs/attacked --prompts prompts.jsonl --judge probe --safe safe.jsonl "
     "--harmful harmful.jsonl --output-dir runs/scores",
     version=3,
-    files=("prompts", "benign_prompts", "task", *REFERENCES, "perplexity", "margin"),
+    files=("prompts", "benign_prompts", "answers", "task", *REFERENCES, "perplexity", "margin"),
     models=("model", "base"),
     unidentifying=frozenset({"show_harmful"}),
     final=frozenset({"judge", "second_judge", "task_type", *REFERENCES}),
