@@ -211,8 +211,11 @@ def test_options_that_an_engine_does_not_use_are_named(tmp_path: Path, capsys: p
     with serve(lambda question, before: "take the root then") as served:
         words = command(served.url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "out")
         words.remove("--quiet")
-        assert main([*words, "--dtype", "float32", "--batch-size", "4", "--device", "auto"]) == 0
-    assert "--engine openai: --dtype, --batch-size not used" in capsys.readouterr().err
+        assert (
+            main([*words, "--dtype", "float32", "--batch-size", "4", "--device", "auto", "--task-type", "exact"]) == 0
+        )
+    said = capsys.readouterr().err
+    assert "--engine openai: --dtype, --batch-size not used" in said and "--task-type exact: not used without" in said
     assert ENGINES.get("vllm").unused == ("batch_size",)
 
 

@@ -302,7 +302,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Benchmark · 20 cells · 5 seeds" in page.text
     assert ", seeds 0, 1, 2, 3, 4." in page.text
     assert re.search(r"pharmacist 30 % −(19|20|21)\.\d better in 4 of 4", page.text), "no interval over settings"
-    assert re.search(r"random 30 % [+−]0\.\d significant in none of 4", page.text)
+    assert re.search(r"random 30 % [+−]0\.\d none of 4", page.text)
     assert "This grid is incomplete" not in page.text
     assert "over the 16 comparisons of its metric" in page.text
     figures = page.json("figures")

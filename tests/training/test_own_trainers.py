@@ -112,6 +112,8 @@ def test_what_is_missing_is_said_before_any_step(model: Path, tmp_path: Path) ->
         make("transformers", model, tmp_path, ph.Booster())
     with pytest.raises(DataError, match="'harmful' holds no tokenised rows; pharmacist.tokenize makes them"):
         make("transformers", model, tmp_path, ph.Booster(), streams={"harmful": rows()})
+    with pytest.raises(DataError, match="'paired' rows need their partners; give pharmacist.data.streams.PairedRows"):
+        make("transformers", model, tmp_path, ph.RepNoise(), streams={"paired": harmful(model)})
     safe = {"safe": harmful(model)}
     with pytest.raises(CompatibilityError, match="VLGuard.* only mixes the safe rows into the training set"):
         make("transformers", model, tmp_path, ph.VLGuard(), streams=safe)

@@ -144,6 +144,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
 
     def _stream(self, name: str, rows: Any) -> Any:
         """Endless batches of a dataset of tokenised rows; an iterator and pairs of rows are streams already."""
+        if name == "paired" and hasattr(rows, "__getitem__"):
+            raise DataError(f"streams: '{name}' rows need their partners; give pharmacist.data.streams.PairedRows")
         if hasattr(rows, "__next__") or name == "paired":
             return rows
         if not hasattr(rows, "__getitem__") or not has_length(rows):

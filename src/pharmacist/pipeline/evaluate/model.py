@@ -73,6 +73,8 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     references = reference_rows(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
         say(f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used")
+    if options.task is None and options.task_type["name"] != "auto":
+        say(f"--task-type {options.task_type['name']}: not used without --task")
     for judge in judges.values():
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
