@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,7 @@ from pharmacist.pipeline.bench.data import Data
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect
-from pharmacist.pipeline.bench.stages import run_stage
+from pharmacist.pipeline.bench.stages import run_stage, stage_warnings
 from pharmacist.report.benchmark import AXES
 from pharmacist.selectors.labels import write_labels
 from tests.support.bench_fakes import BROKEN, OTHER, Stages
@@ -448,3 +449,26 @@ def test_a_dry_run_shows_the_graph_and_its_cost(
     run(tmp_path / "bench", **changes, only="full*sft")
     text = capsys.readouterr().err
     assert "0 to run" in text and "sft" not in text.partition("cells such as")[0], "what is done costs nothing"
+
+
+def test_warnings_of_stages_that_differ_only_in_numbers_are_told_once() -> None:
+    def stage(method: str, *warnings: str, finished: str = "now") -> Any:
+        return SimpleNamespace(
+            kind="rank", method=method, manifest=SimpleNamespace(warnings=warnings, finished=finished)
+        )
+
+    found = stage_warnings(
+        [
+            stage("less", "AUC of 0.97: too low", "safe-1.jsonl: 3 rows"),
+            stage("dsir", "AUC of 0.9: too low", "safe-2.jsonl: 4 rows"),
+            stage("ifd", "AUC of 1: too low"),
+            stage("grand", "AUC of 0.8: too low"),
+            stage("deita", "never told", finished=""),
+            SimpleNamespace(kind="rank", method="full", manifest=None),
+        ]
+    )
+    assert found == [
+        "rank less and 3 more: AUC of 0.97: too low (4 stages)",
+        "rank less: safe-1.jsonl: 3 rows",
+        "rank dsir: safe-2.jsonl: 4 rows",
+    ]

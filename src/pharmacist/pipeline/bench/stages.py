@@ -256,7 +256,8 @@ def is_current(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     return judged and not is_stale(stage, stages)
 
 
-_NUMBER = re.compile(r"\d[\d.,]*")
+_NUMBER = re.compile(r"(?<![\w./-])\d+([.,]\d+)*(?![\w/-]|\.\w)")
+"""A number that is no part of a word, a file name or a path."""
 
 
 def stage_warnings(stages: Iterable[Stage]) -> list[str]:
