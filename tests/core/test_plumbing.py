@@ -51,6 +51,14 @@ def test_an_unknown_name_offers_the_nearest() -> None:
     assert closest("a", []) == "; known: none"
 
 
+def test_names_that_end_in_the_words_are_offered_first() -> None:
+    long = "a-very-long-name-of-a-batch-size"
+    known = ["batch-size-x", "a.batch_size", "b.batch_size", "harmful-batch-size", "train.batch_size", long]
+    found = closest("--batch-size", known)
+    assert found == "; did you mean 'b.batch_size' or 'a.batch_size' or 'harmful-batch-size' or 'train.batch_size'?"
+    assert closest("batch-sise", known) == "; did you mean 'batch-size-x'?", "one that is only spelled alike"
+
+
 def test_methods_are_built_from_their_options() -> None:
     assert tools().build("spoon", {"length": 5}).config == SpoonConfig(5)
     assert tools().build_from({"name": "spoon"}).config == SpoonConfig(3)

@@ -58,6 +58,14 @@ def test_the_summary_is_what_the_stages_measured(finished):
     assert "mean over the attack" in page
 
 
+def test_warnings_of_stages_besides_the_rankings_are_kept(finished):
+    folders = [path.parent for path in (finished.folder / "stages").glob("evaluate-*/manifest.json")]
+    own = {text for folder in folders for text in read_manifest(folder).warnings}
+    warnings = read_manifest(finished.folder).warnings
+    assert own and warnings and all(warning.startswith(("align", "attack", "evaluate")) for warning in warnings)
+    assert any(text in warning for text in own for warning in warnings)
+
+
 def test_the_table_keeps_its_names_where_no_rate_has_an_interval(finished, capsys):
     demo(DemoOptions(output_dir=str(finished.folder), rows=100, seeds=1), SHORT)  # finished: it only shows the result
     said = capsys.readouterr().err

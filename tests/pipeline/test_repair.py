@@ -83,13 +83,15 @@ def test_every_method_repairs_and_can_be_loaded(
     result = repair(options(world, tmp_path / "out", model, name, **more))
     after = weights(result.folder)
     assert distance(before, after) > 1e-6
-    assert {path.name for path in result.folder.iterdir()} >= {written, "repair.json", "README.md", "manifest.json"}
+    files = {"repair.json", "log.jsonl", "README.md", "manifest.json"}
+    assert {path.name for path in result.folder.iterdir()} >= {written, *files}
     assert not (result.folder / "work").exists()
     assert distance(weights(world[model]), before) == 0  # the fine-tuned model itself is left alone
     manifest, found = read_manifest(result.folder), json.loads((result.folder / "repair.json").read_text())
     assert manifest.status == "success" and 0 < manifest.metrics["share_changed"] <= 1
     assert sum(change["changed"] for change in found["changes"]) == manifest.metrics["entries_changed"] > 0
     assert found["findings"]
+    assert [json.loads(line) for line in (result.folder / "log.jsonl").open()] == [{"step": 1, **manifest.metrics}]
 
 
 def test_rows_that_nobody_reads_are_named(

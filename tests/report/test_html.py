@@ -380,6 +380,12 @@ def test_demo(tmp_path: Path) -> None:
     assert bars[0]["marker"]["color"] == [colors[title] for title in bars[0]["y"]], "an arm keeps its colour"
 
 
+def test_a_demo_shows_the_warnings_of_its_stages(tmp_path: Path) -> None:
+    render_demo(tmp_path, *write_demo(tmp_path), warnings=[f"evaluate probe: {NASTY[1]}"])
+    text = Page.read(tmp_path / "report.html").text
+    assert text.index(f"Warnings about this comparison evaluate probe: {NASTY[1]}") < text.index("The comparison")
+
+
 def test_every_colour_is_defined(tmp_path: Path) -> None:
     render_demo(tmp_path, *write_demo(tmp_path))
     page = Page.read(tmp_path / "report.html")

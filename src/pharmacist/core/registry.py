@@ -19,14 +19,18 @@ T = TypeVar("T")
 def closest(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """A hint such as ``; did you mean 'random'?``; where no name is close, `otherwise` or the known names.
 
-    A name that ends in all the words of the given one comes first, then one that has them all, then those that are
-    only spelled alike.
+    Names that end in all the words of the given one come first, up to four of them, then one that has them all, then
+    one that is only spelled alike.
     """
     known, words = sorted(known), _words(name)
     last = [one for one in known if words and _words(one)[-len(words) :] == words]
     longer = last or [one for one in known if words and set(words) <= set(_words(one))]
-    match = difflib.get_close_matches(name, longer, n=1, cutoff=0) or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; {otherwise or 'known: ' + (', '.join(known) or 'none')}"
+    matches = difflib.get_close_matches(name, longer, n=4 if last else 1, cutoff=0)
+    matches = matches or difflib.get_close_matches(name, known, n=1)
+    if not matches:
+        return f"; {otherwise or 'known: ' + (', '.join(known) or 'none')}"
+    offered = " or ".join(f"'{match}'" for match in matches)
+    return f"; did you mean {offered}?"
 
 
 def _words(name: str) -> list[str]:

@@ -27,6 +27,7 @@ from pharmacist.pipeline.bench.executors import Local
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect
+from pharmacist.pipeline.bench.stages import stage_warnings
 from pharmacist.pipeline.pages import demo_page, planted_pool
 from pharmacist.pipeline.stages.demo import DEMO, DemoOptions
 from pharmacist.report.cautions import cautions
@@ -67,6 +68,9 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
                         raise outcome.error
             result = DemoResult(_summarise(options, plan, list(collect(plan))), run.root)
             if rank() == 0:
+                # Those of the rankings stand beside the ranking.
+                for warning in stage_warnings(stage for stage in plan.stages.values() if stage.kind != "rank"):
+                    warn(warning)
                 links = _link(plan, run.root, result.summary["steps"][-1])
                 write_json(run.path("demo.json"), result.summary)
                 run.record(metrics={"auc": result.summary["auc"], "ranking": result.summary["ranking"]})

@@ -92,7 +92,8 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
     found = read_json_lines(folder / "data" / "pool.jsonl")
     if [{name: row.get(name) for name in ("prompt", "completion")} for row in found] != texts:
         raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
-    render_demo(folder, texts, labels, categories=[[row.category] for row in rows])
+    categories = [[row.category] for row in rows]
+    render_demo(folder, texts, labels, categories=categories, warnings=manifest.warnings)
 
 
 def sweep_page(folder: Path, manifest: RunManifest) -> None:

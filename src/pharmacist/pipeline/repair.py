@@ -1,12 +1,13 @@
 """The stage `repair`: restore safety that a user's fine-tuning has cost, without training."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from pharmacist.core.env import rank
 from pharmacist.core.errors import CompatibilityError, ConfigError
-from pharmacist.core.files import write_json
+from pharmacist.core.files import write_json, write_text
 from pharmacist.core.progress import print_table
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
@@ -94,6 +95,7 @@ def _repair(
         return loaded.model
     found = {"method": name, "form": form, "continued": continued, "findings": plan.findings}
     write_json(run.path("repair.json"), found | {"changes": [asdict(change) for change in changes]})
+    write_text(run.path("log.jsonl"), json.dumps({"step": 1, **metrics}) + "\n")  # a repair is a single step
     card = Card(
         title=f"repaired with {name}",
         what=f"{options.model} after the repair `{name}` ({chosen.paper}), which restores safety that fine-tuning has "
@@ -114,7 +116,7 @@ def _repair(
         loaded,
         card,
         trained_on=trained_on(options.model) or "",
-        outputs=["repair.json"],
+        outputs=["repair.json", "log.jsonl"],
         metrics=metrics,
         extra={"form": form},
     )

@@ -75,10 +75,12 @@ def render_demo(
     pool: Sequence[Mapping[str, str]],
     labels: Sequence[str] | None = None,
     categories: Sequence[Sequence[str]] | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Writes ``report.html`` into the folder of a demo, from its ``demo.json`` and ``rank/``.
 
-    `labels` are the planted labels of the pool's rows (prompt and completion), `categories` the categories of each.
+    `labels` are the planted labels of the pool's rows (prompt and completion), `categories` the categories of each,
+    `warnings` those of the stages besides the ranking.
     """
     import datasets  # so that the command `label`, which shares this module, starts without it
 
@@ -103,7 +105,8 @@ def render_demo(
         for name in summary["arms"]
     ]
     context = {"ranking": ranking, "manifest": manifest, "demo": summary, "arms": arms}
-    context["cautions"] = cautions({words.ARMS[name].title: seeds for name, seeds in summary["curves"].items()})
+    by_title = {words.ARMS[name].title: seeds for name, seeds in summary["curves"].items()}
+    context["warnings"] = [*warnings, *cautions(by_title)]
     write_page(folder / "report.html", "demo.html.j2", ["ranking.js"], data, **context)
 
 
