@@ -24,7 +24,7 @@ from pharmacist.report.benchmark import AXES, BASELINE, Benchmark, to_markdown
 from pharmacist.report.benchmark_page import render_benchmark
 
 
-OTHERWISE = ("equal steps", "4 epochs", "5 epochs", "batch 4")
+OTHERWISE = ("equal steps", "4 epochs", "5 epochs", "batch 4", "batch 3")
 FURTHER = ["loss_margin_before", "over_refusal_before", "over_refusal", "alignment_tokens"]
 
 
