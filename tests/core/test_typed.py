@@ -54,12 +54,18 @@ def test_what_does_not_fit_is_told(hint: Any, value: Any, message: str) -> None:
         (str, Path("a/b"), "a/b"),
         (AtLeast0, np.int64(3), 3),
         (float, np.float32(0.5), 0.5),
+        (bool, np.True_, True),
+        (list[AtLeast1], np.arange(1, 3), [1, 2]),
+        (list[AtLeast1], [np.int64(3)], [3]),
+        (list[str], [Path("a/b")], ["a/b"]),
+        (dict[str, Any], {"steps": np.int64(3)}, {"steps": 3}),
         (AtLeast1 | list[AtLeast1], [1, 2], [1, 2]),
     ],
 )
 def test_what_fits(hint: Any, value: Any, found: Any) -> None:
     given = checked("--x", hint, value)
     assert given == found and type(given) is type(found)
+    assert repr(given) == repr(found), "what it holds is of Python's types too"
 
 
 @dataclass

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from numbers import Number
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -64,7 +63,7 @@ _adapter = cache(TypeAdapter)
 
 
 def checked(name: str, hint: Any, value: Any) -> Any:
-    """Validates a value; converts paths to text, tuples to lists, NumPy's numbers and, for floats, whole numbers.
+    """Validates a value; converts paths to text, tuples to lists, what is NumPy's and, for floats, whole numbers.
 
     A ConfigError, in which the option is called `name`, where it is of another type than `hint`, out of its range, a
     number that no library can compute with, or text that no file can hold.
@@ -75,8 +74,7 @@ def checked(name: str, hint: Any, value: Any) -> Any:
         return value
     if any(isinstance(one, Given) for one in (value if isinstance(value, list) else [value])):
         return value
-    value = os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
-    value = value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+    value = _plain(value)
     try:
         found = _adapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
@@ -84,6 +82,17 @@ def checked(name: str, hint: Any, value: Any) -> Any:
         raise _refused(name, value, _range(hint) if out_of_range else f"must be {described(hint)}") from error
     _check_values(name, found)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, a tuple as a list, and the arrays and numbers of NumPy as Python's, in lists and mappings too."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict) and not isinstance(value, Given):
+        return {key: _plain(one) for key, one in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _refused(name: str, value: Any, expected: str) -> ConfigError:
