@@ -159,6 +159,14 @@ def test_data_frames_are_read_without_their_index():
             open_source(wrong)
 
 
+def test_messages_in_memory_may_be_in_tuples_and_arrays(tmp_path):
+    turns = [{"role": "user", "content": "Brew?"}, {"role": "assistant", "content": "No."}]
+    pq.write_table(pa.table({"messages": [turns]}), tmp_path / "pool.parquet")
+    rows = [*pd.read_parquet(tmp_path / "pool.parquet").to_dict("records"), {"messages": tuple(turns)}]
+    assert isinstance(rows[0]["messages"], np.ndarray)
+    assert read(rows) == [{"messages": turns}, {"messages": turns}]
+
+
 def test_images_are_read_as_bytes(tmp_path):
     pictures = pa.array([{"bytes": b"x", "path": None}], datasets.Image().pa_type)
     kinds = {"prompt": datasets.Value("string"), "image": datasets.Image(), "images": datasets.List(datasets.Image())}
@@ -228,6 +236,14 @@ def test_values_no_dataset_has_room_for(tmp_path):
             open_source(tmp_path / "pool.jsonl").dataset([0, 1])
         one_line(error, f"pool.jsonl: column {message}, which a dataset cannot contain; write the rows to a file")
     assert open_source([{0: "x"}]).dataset([0]).column_names == ["0"]
+    pq.write_table(
+        pa.table({"a": pa.array([[("x", 1)]], pa.map_(pa.string(), pa.int64()))}), tmp_path / "pool.parquet"
+    )
+    with pytest.raises(DataError) as error:
+        open_source(tmp_path / "pool.parquet").dataset([0])
+    one_line(
+        error, "pool.parquet: a dataset cannot contain all its columns (Arrow type map", "write the rows to a file"
+    )
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

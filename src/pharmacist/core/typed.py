@@ -85,7 +85,7 @@ def checked(name: str, hint: Any, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A path as text, a tuple as a list, and the arrays and numbers of NumPy as Python's, in lists and mappings too."""
+    """A path as text, a tuple as a list, and the arrays and numbers of NumPy as Python's, within others too."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple):

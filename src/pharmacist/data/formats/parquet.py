@@ -82,7 +82,13 @@ class Parquet(Source):
             writer.write_table(pa.Table.from_batches(held, self.schema))
 
     def dataset(self, numbers: Iterable[int]) -> datasets.Dataset:
-        return datasets.Dataset(pa.Table.from_batches(list(self._taken(numbers)), self.schema))
+        taken = pa.Table.from_batches(list(self._taken(numbers)), self.schema)
+        try:
+            return datasets.Dataset(taken)
+        except ValueError as error:  # of types that `datasets` does not have, such as Arrow's maps
+            raise DataError(
+                f"{self.where}: a dataset cannot contain all its columns ({one_line(error)}); write the rows to a file"
+            ) from error
 
 
 def check_names(fields: Iterable[pa.Field], where: str, within: str = "") -> None:

@@ -78,7 +78,11 @@ class Mappings(Source):
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         for number, value in enumerate(self.spec):
             if isinstance(value, Mapping):
-                yield Row(number, None, dict(value))
+                # Messages may be in a tuple, or in an array, as pandas reads them from Parquet.
+                lists = {
+                    n: list(v) for n, v in value.items() if isinstance(v, tuple) or getattr(v, "dtype", "") == "O"
+                }
+                yield Row(number, None, {**value, **lists})
             else:
                 yield Row(number, None, None, f"is not a mapping of column names to values but {type(value).__name__}")
 
