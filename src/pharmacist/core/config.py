@@ -13,7 +13,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -152,15 +152,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0123456789"))
 
 
-@dataclass(frozen=True, repr=False)
-class _Unquoted:
-    """A number, truth value or date of a YAML file, which is text where an option takes text."""
-
-    text: str
-    value: Any
-
-    def __repr__(self) -> str:
-        return self.text
+class _Unquoted(str):
+    """A number, truth value or date as a YAML file has it, for an option may take it as text."""
 
 
 class _FileLoader(_Loader):
@@ -169,7 +162,7 @@ class _FileLoader(_Loader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
         kept = value is None or isinstance(value, str | list | dict | set)
-        return value if kept else _Unquoted(str(node.value), value)
+        return value if kept else _Unquoted(node.value)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -198,13 +191,11 @@ def _from_text(hint: Any, text: str) -> Any:
 
 def _from_file(option: _Option, value: Any) -> Any:
     """The value of an option from that of a YAML file."""
-    if isinstance(value, _Unquoted) and (option.several or str in parts_of(option.hint)):
-        value = value.text
     if option.several:
         return [value] if isinstance(value, str) else [str(one) for one in value] if isinstance(value, list) else value
     if str in parts_of(option.hint) and isinstance(value, bool | int | float):
         return yaml.safe_dump(value).splitlines()[0]
-    return _from_text(option.hint, value) if isinstance(value, str) else _resolved(value)
+    return _from_text(option.hint, str(value)) if isinstance(value, str) else _resolved(value)
 
 
 def _resolved(value: Any) -> Any:
@@ -213,7 +204,7 @@ def _resolved(value: Any) -> Any:
         return {_resolved(key): _resolved(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_resolved(inner) for inner in value]
-    return value.value if isinstance(value, _Unquoted) else value
+    return yaml.load(value, Loader=_Loader) if isinstance(value, _Unquoted) else value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
