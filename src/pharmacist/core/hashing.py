@@ -26,26 +26,22 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(path: str | Path, suffixes: tuple[str, ...] | None = None) -> str:
-    """Hex sha256 over the relative names and contents of the files in a folder, or of those with these suffixes."""
-    return _sha256_files(Path(path), lambda file: suffixes is None or file.suffix in suffixes)
+def sha256_folder(path: str | Path, counts: Callable[[Path], bool] = lambda name: True) -> str:
+    """Hex sha256 over the relative names and contents of the files in a folder, or of those whose name counts."""
+    root = Path(path)
+    names = sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file())
+    return sha256_json([[str(name), sha256_file(root / name)] for name in names if counts(name)])
 
 
 def sha256_content(path: str | Path) -> str:
-    """Hex sha256 over all that can be loaded from a folder: a model, an adapter, an encoder, a saved dataset.
+    """`sha256_folder` over all that can be loaded from a folder: a model, an adapter, an encoder, a saved dataset.
 
     Every file counts but hidden ones, texts for people, weights of other programs, and the caches that libraries put
     beside what they have loaded.
     """
 
-    def counts(file: Path) -> bool:
-        parts = file.relative_to(path).parts
-        cache = file.suffix == ".arrow" and file.name.startswith(("cache-", "tmp")) or "__pycache__" in parts
-        return not cache and file.suffix not in _NOT_LOADED and not any(part.startswith(".") for part in parts)
+    def counts(name: Path) -> bool:
+        cache = name.suffix == ".arrow" and name.name.startswith(("cache-", "tmp")) or "__pycache__" in name.parts
+        return not cache and name.suffix not in _NOT_LOADED and not any(part.startswith(".") for part in name.parts)
 
-    return _sha256_files(Path(path), counts)
-
-
-def _sha256_files(root: Path, counts: Callable[[Path], bool]) -> str:
-    files = sorted(file for file in root.rglob("*") if file.is_file() and counts(file))
-    return sha256_json([[str(file.relative_to(root)), sha256_file(file)] for file in files])
+    return sha256_folder(path, counts)

@@ -97,7 +97,7 @@ class ProbeJudge(Judge):
     def fingerprint(self) -> str | None:
         """Hash of the saved probe and of the model; a Hub id stands for itself."""
         folder, model = self.config.folder, self.config.model
-        parts = [] if folder is None else [sha256_folder(folder, (".json", ".safetensors"))]
+        parts = [] if folder is None else [sha256_folder(folder, lambda n: n.suffix in (".json", ".safetensors"))]
         parts += [model_fingerprint(model)] if model else []
         return "+".join(parts) or None
 
