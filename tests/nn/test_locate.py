@@ -2,11 +2,12 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import FalconH1Config, FalconH1ForCausalLM
 
 from pharmacist.core.errors import NoMatchError
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
-from pharmacist.nn.locate import linear_names
+from pharmacist.nn.locate import attention_modules, linear_names, mlp_modules
 from tests.support.architectures import ARCHITECTURES, LAYERS, VOCABULARY
 from tests.support.tiny import random_token_rows, tiny_llama, tiny_tokenizer
 
@@ -40,3 +41,13 @@ def test_every_linear_layer_but_the_head_is_found_and_can_be_trained(name, tmp_p
 def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(NoMatchError, match="no linear layer"):
         linear_names(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
+
+
+def test_of_a_hybrid_layer_the_attention_is_found():
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    mamba = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4}
+    model = FalconH1ForCausalLM(
+        FalconH1Config(vocab_size=8, intermediate_size=24, num_hidden_layers=1, **shape, **mamba)
+    )
+    assert list(attention_modules(model)) == ["model.layers.0.self_attn"]
+    assert list(mlp_modules(model)) == ["model.layers.0.feed_forward"]

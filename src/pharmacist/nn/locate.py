@@ -46,9 +46,15 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention module of each decoder layer, by name: the part with linear layers that takes a mask."""
-    firsts = {name: _attention(layer)[0] for name, layer in decoder_layers(model).items()}
-    return {f"{name}.{child}": module for name, (child, module) in firsts.items()}
+    """The self-attention module of each decoder layer, by name: the part with linear layers that takes a mask.
+
+    Of a layer with a state-space part beside it (Falcon-H1), it is the one that is called so.
+    """
+    found = {}
+    for name, layer in decoder_layers(model).items():
+        child, module = max(_attention(layer), key=lambda item: "att" in item[0])
+        found[f"{name}.{child}"] = module
+    return found
 
 
 def mlp_modules(model: nn.Module) -> dict[str, nn.Module]:
