@@ -18,13 +18,18 @@ FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of a full disk, quota or file."""
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself is only durable once the folder is: see fsync(2).
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder with all that is in it, is on the disk."""
+    for part in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        _sync(part)
 
 
 def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
@@ -40,14 +45,11 @@ def remove(path: Path, *, as_far_as_possible: bool = False) -> None:
 
 def commit_file(temporary: Path, path: Path) -> None:
     """Makes the finished file or folder `temporary` appear as `path` (beside it): fsync, rename, fsync the folder."""
-    for part in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-        if part.is_file():
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+    sync(temporary)
     if temporary.is_dir():
         remove(path)  # of an interrupted run, never yet declared finished
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)  # the rename is only durable once the folder is: see fsync(2)
 
 
 @contextmanager
@@ -86,7 +88,7 @@ def show_in(folder: Path, files: Iterable[Path]) -> None:
                 raise
             shutil.copyfile(file, temporary)
         os.replace(temporary, folder / file.name)
-    _sync_folder(folder)
+    _sync(folder)
 
 
 @contextmanager

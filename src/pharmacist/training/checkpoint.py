@@ -1,7 +1,6 @@
 """Checkpoints at intervals of time, written whole, with the state of strategy and streams besides the Trainer's."""
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 
 from pharmacist.core.env import rank, world_size
 from pharmacist.core.errors import CompatibilityError, DataError
-from pharmacist.core.files import read_json, remove, write_json
+from pharmacist.core.files import read_json, remove, sync, write_json
 from pharmacist.core.progress import say
 from pharmacist.nn.distributed import barrier, from_main, on_main
 from pharmacist.training.strategy import GradientStrategy, StrategyState
@@ -52,11 +51,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             own = self.strategy.state()
             save_file({k: v.contiguous() for k, v in own.tensors.items()}, folder / "strategy.safetensors")
-            paths = [path for path in folder.rglob("*") if path.is_file()]  # adapters of other names lie in folders
-            for path in paths:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            sync(folder)
             positions = {n: stream.position for n, stream in self.streams.items() if hasattr(stream, "position")}
+            paths = (path for path in folder.rglob("*") if path.is_file())  # adapters of other names lie in folders
             files = {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
             write_json(folder / _COMPLETE, {"strategy": own.values, "streams": positions, "files": files})
 

@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
+from pharmacist.core.console import named
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, DivergedError, one_line
 from pharmacist.core.seeding import derive
@@ -25,7 +26,6 @@ from pharmacist.training.checkpoint import Checkpoints, load_strategy_state
 from pharmacist.training.strategy import GradientStrategy, StepContext
 
 
-_NAMED = 20
 _COLUMNS = frozenset({"input_ids", "attention_mask", "labels", "completion_mask"})
 """Columns of an auxiliary stream's rows that a collator gets."""
 _TRAINING_ONLY = frozenset({"row", "weight"})
@@ -353,8 +353,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         if not torch.isfinite(everywhere := total(value)):
             parts = from_all((bool(torch.isfinite(value)), self._rows))
             found = [row for finite, rows in parts if not finite for row in rows]
-            numbers = ", ".join(map(str, found[:_NAMED])) + (", ..." if len(found) > _NAMED else "")
-            rows = f" (rows {numbers})" if numbers else ""
+            rows = f" ({named(found)})" if found else ""
             raise DivergedError(
                 f"the {what} is {everywhere.item()} at step {self._update + 1}{rows}; the weights were not touched: "
                 "look at these rows, or lower train.learning_rate or the method's strength"
