@@ -15,7 +15,7 @@ from tests.support.training_toy import distance, options, setting, sft, trained
 
 REFUSED = {
     "learning_rat": (1, "TrainingArguments has no such field; did you mean 'learning_rate'?"),
-    "spoon": (1, "has no such field; known: "),
+    "spoon": (1, "has no such field; its documentation lists them"),
     "warmup_ratio": (0.1, "transformers no longer has it; give warmup_steps below 1, which is the ratio"),
     "overwrite_output_dir": (True, "transformers no longer has it; use --overwrite"),
     "evaluation_strategy": ("no", "transformers no longer has it; use pharmacist evaluate"),

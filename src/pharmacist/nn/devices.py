@@ -18,13 +18,12 @@ def resolve_device(device: str) -> torch.device:
 
     A CompatibilityError for ``cuda`` where torch sees no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    visible = torch.cuda.is_available()
+    if device == "cuda" and not visible:
         raise CompatibilityError("device cuda: no CUDA device is visible to torch; use the device cpu")
-    if device == "cuda":
-        return torch.device("cuda", PartialState().local_process_index)
-    return torch.device(device)
+    if device == "cpu" or not visible:
+        return torch.device("cpu")
+    return torch.device("cuda", PartialState().local_process_index)
 
 
 def resolve_dtype(

@@ -1,5 +1,6 @@
 """Communication of data-parallel runs: barriers, shares of independent jobs, sums and concatenated rows."""
 
+import atexit
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
@@ -18,8 +19,6 @@ T = TypeVar("T")
 @cache
 def _operations() -> Any:
     """The functions of accelerate, for processes that have found each other."""
-    import atexit
-
     import torch
     import torch.distributed as dist
     from accelerate import PartialState, utils

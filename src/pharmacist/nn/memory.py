@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -31,8 +32,6 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device) / 1e6
         kilobytes = _kilobytes("/proc/self/status", "VmHWM")
         if kilobytes is None:
-            import resource
-
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             kilobytes = peak // 1024 if sys.platform == "darwin" else peak  # see getrusage(2) of either
         return kilobytes * 1024 / 1e6

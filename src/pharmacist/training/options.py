@@ -211,7 +211,8 @@ def check_train_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in _REFUSED:
             raise ConfigError(f"train.{name}: {_REFUSED[name]}")
         if name not in known:
-            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{closest(name, known)}")
+            nearest = closest(name, known, "its documentation lists them")
+            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field{nearest}")
         try:
             found = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
