@@ -135,6 +135,13 @@ def test_what_a_part_says_against_its_scores_is_not_lost(tmp_path, choice):
     assert alone and ranked(tmp_path / "mix", choice, POOL).warnings == alone
 
 
+@pytest.mark.parametrize("name", ["length+classifier", "classifier+ifd"])
+def test_what_no_reference_shows_to_a_part_is_said(tmp_path, name):
+    refs = {kind: village.references()[kind] for kind in ("safe", "harmful")}
+    alone = ranked(tmp_path / "alone", {"name": "classifier"}, POOL, refs).report["cannot_see"]
+    assert alone and ranked(tmp_path / "mix", {"name": name}, POOL, refs).report["cannot_see"] == alone
+
+
 def test_a_selector_takes_part_with_one_set_of_options():
     """Its partial results lie under its name: the second set would be given the results of the first."""
     twice = {"name": "embedding+deita", "embedding": {"nearest": 3}, "deita": {"scorer": "length+embedding"}}

@@ -85,6 +85,8 @@ class MixSelector(Composite):
             signals |= {f"{_identifier(name)}_{signal}": values for signal, values in found.signals.items()}
             report[name] = found.report
             warnings += found.warnings
+        blind = dict.fromkeys(name for own in report.values() for name in own.get("cannot_see", ()))
+        report |= {"cannot_see": list(blind)} if blind else {}
         return Scores(np.mean(ranks, axis=0), reason, signals, report, warnings)
 
 

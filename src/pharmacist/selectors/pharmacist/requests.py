@@ -7,8 +7,10 @@ help among refusals as compliance, as a wrong label stands out in confident lear
 takes part in what is said of its own request.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.decomposition import TruncatedSVD
 
 from pharmacist.data.arrays import FloatArray, IntArray
@@ -80,25 +82,20 @@ def leave_one_out(features: FloatArray, targets: FloatArray, weights: FloatArray
     With the hat matrix H of a weighted ridge regression, the prediction for row i by the regression without it is
     t_i - (t_i - f_i) / (1 - H_ii) (Allen 1974). A constant is added to the features; weights are positive.
     """
-    starts = range(0, len(features), _CHUNK)
 
-    def design(start: int) -> FloatArray:
-        part = features[start : start + _CHUNK]
-        return np.concatenate([part, np.ones((len(part), 1))], axis=1)
+    def designs() -> Iterator[tuple[slice, FloatArray]]:  # in chunks, since copies of all features would not fit
+        for start in range(0, len(features), _CHUNK):
+            part = features[start : start + _CHUNK]
+            yield slice(start, start + _CHUNK), np.column_stack([part, np.ones(len(part))])
 
-    width = features.shape[1] + 1
-    gram, moments = np.zeros((width, width)), np.zeros(width)
-    for start in starts:
-        part, chunk = design(start), slice(start, start + _CHUNK)
-        weighted = part * weights[chunk, None]
-        gram += weighted.T @ part
-        moments += weighted.T @ targets[chunk]
+    gram = sum((part * weights[chunk, None]).T @ part for chunk, part in designs())
+    moments = sum((part * weights[chunk, None]).T @ targets[chunk] for chunk, part in designs())
     values, vectors = np.linalg.eigh(gram)
     inverse = 1 / (values.clip(min=0)[:, None] + np.array(RIDGES))
     coefficients = inverse * (vectors.T @ moments)[:, None]
     fitted_by, leverage_by = (np.zeros((len(features), len(RIDGES))) for _ in range(2))
-    for start in starts:
-        chunk, rotated = slice(start, start + _CHUNK), design(start) @ vectors
+    for chunk, part in designs():
+        rotated = part @ vectors
         fitted_by[chunk], leverage_by[chunk] = rotated @ coefficients, rotated**2 @ inverse
     leverage = (weights[:, None] * leverage_by).clip(max=1 - 1e-9)
     held_out_by = targets[:, None] - (targets[:, None] - fitted_by) / (1 - leverage)
@@ -115,5 +112,4 @@ def standardised(features: FloatArray) -> FloatArray:
 
 def log_odds(probability: FloatArray) -> FloatArray:
     """Log-odds of predictions that may lie outside [0, 1], shape [rows]."""
-    p = probability.clip(LEAST_DOUBT, 1 - LEAST_DOUBT)
-    return np.asarray(np.log(p / (1 - p)))
+    return np.asarray(logit(probability.clip(LEAST_DOUBT, 1 - LEAST_DOUBT)))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.errors import DataError
@@ -121,9 +122,7 @@ def sigma_closed_form(difference: FloatArray, tau: float) -> FloatArray:
 
     d_i is the loss under the safe twin less that under the toxic one; as tau grows the weights become uniform.
     """
-    logits = -difference / tau
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.mean())
+    return np.asarray(softmax(-difference / tau) * len(difference))
 
 
 def contrast(losses: Mapping[str, FloatArray]) -> FloatArray:

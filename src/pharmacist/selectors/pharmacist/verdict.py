@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
+from scipy.special import entr, expit
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.data.arrays import BoolArray, FloatArray, IntArray
@@ -52,8 +52,7 @@ def verdict(answers: Answers, labels: Labels, inverse: IntArray, learned: dict[s
     if answers.labels_held_out is not None:
         report["labels"] = gain_by_labels(*answers.labels_held_out, labels.classes == 0)
     # A label teaches as much as the answers, question by question, have entropy (nats); a second one teaches nothing.
-    doubt = yes.clip(1e-12, 1 - 1e-12)
-    telling = -(doubt * np.log(doubt) + (1 - doubt) * np.log1p(-doubt)).sum(1)
+    telling = (entr(yes) + entr(1 - yes)).sum(1)
     telling[labels.rows] = -1.0
     return Scores(
         score[inverse],
