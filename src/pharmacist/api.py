@@ -277,7 +277,7 @@ def evaluate(
     benign_prompts: Rows | None = None,
     answers: Rows | None = None,
     task: Rows | None = None,
-    task_type: Choice | Grader[Any] = "auto",
+    task_type: Choice | Grader = "auto",
     judge: Choice | Judge = "keyword",
     second_judge: Choice | Judge = "none",
     safe: Rows | Sequence[Rows] | None = None,

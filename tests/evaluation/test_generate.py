@@ -137,12 +137,12 @@ def test_overlong_prompts_keep_both_ends() -> None:
 def test_plan_visits_each_prompt_once_within_the_budget() -> None:
     lengths = [3, 300, 50, 50, 7, 1000, 2, 1020] * 50
     batches = plan_batches(lengths, 100, 1024)
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
-    for batch in batches:
-        longest = max(lengths[row] for row in batch.rows)
-        assert len(batch.rows) * (longest + batch.new_tokens) <= TOKENS_PER_BATCH
-        assert all(min(100, 1024 - lengths[row]) == batch.new_tokens for row in batch.rows)
-    assert max(len(batch.rows) for batch in plan_batches(lengths, 100, 1024, batch_size=3)) == 3
+    assert sorted(row for rows, _ in batches for row in rows) == list(range(len(lengths)))
+    for rows, new_tokens in batches:
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) * (longest + new_tokens) <= TOKENS_PER_BATCH
+        assert all(min(100, 1024 - lengths[row]) == new_tokens for row in rows)
+    assert max(len(rows) for rows, _ in plan_batches(lengths, 100, 1024, batch_size=3)) == 3
 
 
 def test_a_peft_model_answers_in_memory() -> None:

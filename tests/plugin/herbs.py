@@ -85,10 +85,6 @@ class LongWinded(Judge):
     Config = LongWindedConfig
     name: ClassVar[str] = "long-winded"
 
-    @property
-    def revision(self) -> str:
-        return self.with_options("1")
-
     def judge(self, items) -> list[Any]:
         return [Verdict(len(item.answer.split()) > self.config.words, refused=not item.answer) for item in items]
 

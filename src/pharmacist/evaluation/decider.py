@@ -1,25 +1,27 @@
 """The base of judges and graders."""
 
-from abc import ABC, abstractmethod
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import ClassVar
 
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.method import Method
 
 
-class Decider(Method, ABC):
+class Decider(Method):
     """A method that decides on answers one by one: a decision depends on no other answer."""
 
+    version: ClassVar[int] = 1
+    """Raised whenever the same answer could get another decision."""
     work: Path | None = None
     """Folder in which costly verdicts are kept as they arrive; set by the stage."""
     missing: int = 0
     """Number of verdicts that an endpoint failed to give, which another call asks for again."""
 
     @property
-    @abstractmethod
     def revision(self) -> str:
-        """Version of the decisions; it changes whenever one of them could."""
+        """Version of the decisions, which changes whenever one of them could, also by an option."""
+        return self.with_options(str(self.version))
 
     @property
     def label(self) -> str:
@@ -44,7 +46,7 @@ class Decider(Method, ABC):
         """Hash of the files that it reads besides references and task; None if there are none."""
         return None
 
-    def check(self) -> None:  # noqa: B027 - most have nothing to check
+    def check(self) -> None:
         """Checks options and files before any answer is generated.
 
         Raises:

@@ -65,7 +65,7 @@ class Evaluator:
     benign_prompts: Iterable[Mapping[str, Any]] = ()
     task: Iterable[Mapping[str, Any]] = ()
     judge: Judge | None = None
-    grader: Grader[Any] | None = None
+    grader: Grader | None = None
     second_judge: Judge | None = None
     categories: Sequence[Sequence[str]] = ()
     max_new_tokens: int = 512

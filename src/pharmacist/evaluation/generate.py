@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def generate(
     found = {} if log is None else log.read()
     mine = [batch for number, batch in enumerate(batches) if log is None or number % world_size() == rank()]
     with (
-        bar(description, sum(len(batch.rows) for batch in mine)) as progress,
+        bar(description, sum(len(rows) for rows, _ in mine)) as progress,
         nullcontext(decoder) if decoder is not None else _greedy(model, tokenizer, ends) as decode,
     ):
         for rows, new_tokens in mine:
@@ -91,17 +91,13 @@ def generate(
     return [found[row] for row in range(len(ids))]
 
 
-class PromptBatch(NamedTuple):
-    """Positions of prompts that are answered together, and the longest answer in tokens."""
-
-    rows: list[int]
-    new_tokens: int
-
-
-def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batch_size: int = 0) -> list[PromptBatch]:
+def plan_batches(
+    lengths: Sequence[int], max_new_tokens: int, context: int, batch_size: int = 0
+) -> list[tuple[list[int], int]]:
     """Groups prompts (lengths in tokens) of similar length and of equal room for an answer, the longest first.
 
-    A DataError where a prompt fills the whole context.
+    Returns positions of prompts that are answered together, and their longest answer in tokens. A DataError where a
+    prompt fills the whole context.
     """
     for row, length in enumerate(lengths):
         if length >= context:
@@ -115,7 +111,7 @@ def plan_batches(lengths: Sequence[int], max_new_tokens: int, context: int, batc
     by_room = np.split(order, np.flatnonzero(np.diff(rooms[order])) + 1)
     budget = sys.maxsize if batch_size else TOKENS_PER_BATCH
     return [
-        PromptBatch(batch.tolist(), int(rooms[batch[0]]))
+        (batch.tolist(), int(rooms[batch[0]]))
         for same_room in by_room
         for batch in cut(same_room, tokens + rooms, budget, batch_size or ROWS_PER_BATCH)
     ]

@@ -15,7 +15,7 @@ _TABLE = {
 }
 """In the order in which ``auto`` tries them."""
 _AUTO = {"auto": "pharmacist.evaluation.graders.base:Auto"}
-GRADERS: Registry[Grader[Any]] = Registry("task type", _TABLE, group="pharmacist.graders")
+GRADERS: Registry[Grader] = Registry("task type", _TABLE, group="pharmacist.graders")
 TASK_TYPES: Registry[Any] = Registry("task type", _TABLE | _AUTO, group="pharmacist.graders")
 
 

@@ -1,8 +1,8 @@
 """The base classes of graders."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from pharmacist.core.errors import DataError
 from pharmacist.core.method import Method
@@ -32,10 +32,7 @@ class Grade(NamedTuple):
     form: bool = True
 
 
-GradeT = TypeVar("GradeT", bound=tuple[Any, ...])
-
-
-class Grader(Decider, Generic[GradeT]):
+class Grader(Decider, ABC):
     """Grades answers; its grades are named tuples whose fields are written to ``items.jsonl``."""
 
     @classmethod
@@ -51,11 +48,11 @@ class Grader(Decider, Generic[GradeT]):
         """
 
     @abstractmethod
-    def grade(self, items: Sequence[GradeItem]) -> list[GradeT]:
+    def grade(self, items: Sequence[GradeItem]) -> list[Any]:
         """One grade per item, in order."""
 
     @abstractmethod
-    def metrics(self, grades: Sequence[GradeT], unanswered: int) -> dict[str, dict[str, Any]]:
+    def metrics(self, grades: Sequence[Any], unanswered: int) -> dict[str, dict[str, Any]]:
         """Metrics from the grades of all answers; `unanswered` is the number of prompts without one."""
 
 
@@ -64,17 +61,11 @@ def row_number(row: Mapping[str, Any], position: int) -> int:
     return position if row.get("row") is None else int(row["row"])
 
 
-class Matching(Grader[Grade]):
+class Matching(Grader):
     """Grades an answer as right or wrong by comparing it with its target."""
 
-    version: ClassVar[int]
-    """Raised whenever a grade could change."""
     matching: ClassVar[tuple[str, str]]
     """Names of the strict and the published matching."""
-
-    @property
-    def revision(self) -> str:
-        return self.with_options(str(self.version))
 
     def problem(self, target: str) -> str:
         """Why a target is not of this kind, and the remedy; empty if it is."""

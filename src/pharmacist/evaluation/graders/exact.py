@@ -8,7 +8,6 @@ from pharmacist.evaluation.graders.base import Grade, Matching
 class Exact(Matching):
     """The answer equals its target, apart from white space and case; one that contains it counts as ``substring``."""
 
-    version = 1
     matching = ("exact", "substring")
 
     @classmethod

@@ -55,7 +55,7 @@ class WinGrade(NamedTuple):
     note: str = ""
 
 
-class WinRate(JudgingModel, Grader[WinGrade]):
+class WinRate(JudgingModel, Grader):
     """Win rate as in AlpacaEval (Li et al. 2023): an LLM judge says which of two answers is better.
 
     The other answer is the completion of the task file, or another model's answer (`WinRateConfig.against`). Judging

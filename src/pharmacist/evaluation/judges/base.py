@@ -1,6 +1,6 @@
 """The base class of judges, and their verdicts."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ class Verdict:
 Rows = Iterable[Mapping[str, Any]]
 
 
-class Judge(Decider):
+class Judge(Decider, ABC):
     """Judges whether answers are harmful, and whether they are refusals.
 
     Attributes:

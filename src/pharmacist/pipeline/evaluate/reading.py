@@ -43,14 +43,14 @@ def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
     return {name: JUDGES.build_from(getattr(options, name)) for name in names}
 
 
-def grader_of(options: EvaluateOptions) -> Grader[Any] | None:
+def grader_of(options: EvaluateOptions) -> Grader | None:
     """The grader of answers to the task; None where there is no task, or its kind is told by the rows."""
     if options.task is None or options.task_type["name"] == "auto":
         return None
     return GRADERS.build_from(options.task_type)
 
 
-def verdict_files(judges: Mapping[str, Judge], grader: Grader[Any] | None) -> dict[str, str]:
+def verdict_files(judges: Mapping[str, Judge], grader: Grader | None) -> dict[str, str]:
     """Input -> fingerprint of what judges and grader read, of those that read files or models."""
     files = {f"{name.replace('_', ' ')} file": judge.fingerprint() for name, judge in judges.items()}
     files |= {} if grader is None else {"opponent": grader.fingerprint()}
