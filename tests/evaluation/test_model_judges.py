@@ -289,6 +289,10 @@ def test_shieldgemma_weighs_yes_against_no(tmp_path: Path) -> None:
     found = judge.judge(ITEMS)
     assert [verdict for item in ITEMS for verdict in judge.judge([item])] == found
     model, tokenizer = judge.loaded  # type: ignore[attr-defined]
+    lengths: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: lengths.append(logits.shape[1]))
+    assert judge.judge(ITEMS) == found and set(lengths) == {1}, "no logits of tokens that nobody looks at"
+    hook.remove()
     for item, verdict in zip(ITEMS, found, strict=True):
         assert len(verdict.categories) == 4 and verdict.score == max(verdict.categories.values())
         text = tokenizer.apply_chat_template(

@@ -203,7 +203,8 @@ class GuardJudge(LocalModelJudge):
         with bar("judge", scores.size) as progress:
             for policy, text in enumerate(_SHIELDGEMMA.values()):
                 rendered = [_chat(tokenizer, item, guideline=text, add_generation_prompt=True) for item in items]
-                for batch, logits in self.logits(self._ids(rendered, 1)):
+                # Of the last token alone: those of all tokens, over a quarter of a million words, take gigabytes.
+                for batch, logits in self.logits(self._ids(rendered, 1), logits_to_keep=1):
                     scores[batch, policy] = logits[:, -1, [yes, no]].double().softmax(-1)[:, 0].cpu()
                     progress.advance(len(batch))
         return [self.highest(list(_SHIELDGEMMA), row) for row in scores.tolist()]

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,16 +74,20 @@ class LocalModelJudge(Judge):
         model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
         return model.to(device).eval().requires_grad_(False), tokenizer
 
-    def logits(self, ids: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields positions and logits of inputs (token ids) in batches of equal length, so that nothing is padded."""
+    def logits(self, ids: list[list[int]], **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yields positions and logits of inputs (token ids) in batches of equal length, so that nothing is padded.
+
+        `options` are those of the model's forward pass.
+        """
         model, _ = self.loaded
-        for _, group in groupby(sorted(range(len(ids)), key=lambda i: len(ids[i])), key=lambda i: len(ids[i])):
-            same = list(group)
+        lengths = np.array([len(row) for row in ids])
+        for length in np.unique(lengths):
+            same = np.flatnonzero(lengths == length).tolist()
             for start in range(0, len(same), self.config.batch_size):
                 batch = same[start : start + self.config.batch_size]
                 rows = torch.tensor([ids[i] for i in batch], dtype=torch.long, device=model.device)
                 with torch.inference_mode():
-                    found = model(input_ids=rows).logits
+                    found = model(input_ids=rows, **options).logits
                 yield batch, found
 
     def highest(self, categories: Sequence[str], scores: Sequence[float]) -> Verdict:
