@@ -135,11 +135,14 @@ def test_what_a_part_says_against_its_scores_is_not_lost(tmp_path, choice):
     assert alone and ranked(tmp_path / "mix", choice, POOL).warnings == alone
 
 
-@pytest.mark.parametrize("name", ["length+classifier", "classifier+ifd"])
-def test_what_no_reference_shows_to_a_part_is_said(tmp_path, name):
+@pytest.mark.parametrize("name", ["length+classifier", "ifd+classifier", "classifier+pharmacist"])
+def test_how_far_to_trust_the_reasons_is_said(tmp_path, name):
     refs = {kind: village.references()[kind] for kind in ("safe", "harmful")}
-    alone = ranked(tmp_path / "alone", {"name": "classifier"}, POOL, refs).report["cannot_see"]
-    assert alone and ranked(tmp_path / "mix", {"name": name}, POOL, refs).report["cannot_see"] == alone
+    alone = ranked(tmp_path / "alone", {"name": "classifier"}, POOL, refs).report
+    mixed = ranked(tmp_path / "mix", {"name": name}, POOL, refs).report
+    assert alone["cannot_see"] and alone["questions"]
+    for key in ("cannot_see", "questions", "held_out_by"):
+        assert mixed[key] == alone[key]
 
 
 def test_a_selector_takes_part_with_one_set_of_options():

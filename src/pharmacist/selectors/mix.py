@@ -85,8 +85,9 @@ class MixSelector(Composite):
             signals |= {f"{_identifier(name)}_{signal}": values for signal, values in found.signals.items()}
             report[name] = found.report
             warnings += found.warnings
-        blind = dict.fromkeys(name for own in report.values() for name in own.get("cannot_see", ()))
-        report |= {"cannot_see": list(blind)} if blind else {}
+        # How far to trust the reasons: what the part that gives them says.
+        asked = next((own for own in report.values() if "questions" in own), {})
+        report |= {name: asked[name] for name in ("questions", "held_out_by", "cannot_see") if name in asked}
         return Scores(np.mean(ranks, axis=0), reason, signals, report, warnings)
 
 
