@@ -229,6 +229,17 @@ def test_the_order_is_that_of_the_grid() -> None:
     assert [several.name(series) for series in several.series] == ["full", "ant 10 %", "ant 30 %"]
 
 
+def test_a_page_without_the_full_pool_does_not_speak_of_it(tmp_path: Path) -> None:
+    table = results({"less": -5.0}, fractions=(0.1, 0.3))
+    for name, rows in (("with", table), ("without", table[table["selector"] != "full"])):
+        write_bench(tmp_path / name, rows)
+        assert main(["report", str(tmp_path / name), "--quiet"]) == 0
+        text = Page.read(tmp_path / name / "report.html").text
+        assert ("no selector “full”" in text) is (name == "without")
+        for words in ("The dashed line is the full pool", "significant differences from the full pool are in bold"):
+            assert (words in text) is (name == "with")
+
+
 def test_no_number_is_minus_zero() -> None:
     assert Figure(-0.04, -0.04, 0.03).text(sign="+") == "+0.0 [0.0, 0.0]"
     assert Figure(-0.04).text(digits=2) == "-0.04"
@@ -344,7 +355,8 @@ def test_ends_of_curves_are_one_where_seeds_have_other_numbers_of_steps(tmp_path
 def with_margin(table: pd.DataFrame) -> pd.DataFrame:
     """A table with loss margins, which are the same under every judge: -0.2 at the end for `full`, else 0.5 more."""
     ends = -0.2 + 0.5 * (table["selector"] != "full") + 0.01 * table["seed"] * (1 + (table["selector"] != "full"))
-    return table.assign(loss_margin=ends, loss_margins=[[end + 1.0, end, end] for end in ends])
+    curves = [[end + 1.0, end, end] for end in ends]
+    return table.assign(loss_margin=ends, loss_margin_over_attack=ends + 0.5 * 8 / 64, loss_margins=curves)
 
 
 def test_the_loss_margin() -> None:
@@ -353,7 +365,6 @@ def test_the_loss_margin() -> None:
     assert value.mean == pytest.approx(0.34) and value.difference.mean == pytest.approx(0.52), "no bounds"
     assert value.verdict == 1, "higher is better"
     assert line(benchmark, "full")["loss_margin"].mean == pytest.approx(-0.18)
-    # Of results that lack the column it is made of the curve: trapezoids over the steps 0, 8 and 64.
     over = line(benchmark, "full")["loss_margin_over_attack"]
     assert over.mean == pytest.approx(-0.18 + 0.5 * 8 / 64)
     table = to_markdown(benchmark)

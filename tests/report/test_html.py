@@ -203,6 +203,14 @@ def test_a_selector_that_reads_nothing(tmp_path: Path) -> None:
     assert "Ranked Measured, not judged: the score says nothing about what the row is. 3 1 2" in page.text
 
 
+def test_a_selector_whose_reasons_say_nothing_of_safety(tmp_path: Path) -> None:
+    rows, reasons = [{"prompt": "a", "completion": "b"}] * 3, ["ranked", "ranked", "prompt_does_not_help"]
+    page = render(tmp_path / "page.html", rows, reasons, report={"most": 1.0}, selector="ifd", selected=1)
+    assert "own judgement" in page.text and "afety-critical" not in page.text
+    found = render(tmp_path / "page.html", rows, ["critical", *reasons[1:]], selected=1)
+    assert "almost entirely safety-critical" in found.text
+
+
 def test_how_far_to_trust_it(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3
 
@@ -285,7 +293,9 @@ def test_one_row(tmp_path: Path) -> None:
 
 def test_no_row_is_selected(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 3
-    page = render(tmp_path / "page.html", rows, ["teaches_compliance"] * 3, selected=0)
+    reasons, kinds = ["teaches_compliance"] * 3, [["a"], ["b"], []]
+    page = render(tmp_path / "page.html", rows, reasons, selected=0, categories=kinds)
+    assert page.json("figures")["categories"]["layout"]["xaxis"]["range"] == [0, 100]
     assert "No row is selected, so there is no cut" in page.text and "Nothing: no row is selected" in page.text
     assert "ll rows are selected" not in page.text
 

@@ -18,7 +18,6 @@ from statsmodels.stats.multitest import multipletests
 
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
-from pharmacist.evaluation.statistics import curve_area
 from pharmacist.report.cautions import cautions
 from pharmacist.report.numbers import METRICS, Figure, Metric
 
@@ -103,7 +102,7 @@ class Benchmark:
             numbers = pd.to_numeric(results[name], errors="coerce")
             if (results[name].notna() & ~np.isfinite(numbers)).any():
                 raise DataError(f"results.parquet: {name} holds something else than numbers; run the benchmark again")
-        results = _with_margin_over_attack(results.reset_index(drop=True))
+        results = results.reset_index(drop=True)
         self.baseline, self.baseline_title = baseline, "the full pool" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}
         positions = [results[axis].map({name: at for at, name in enumerate(self.order[axis])}) for axis in AXES]
@@ -206,15 +205,6 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     present = values.unique().tolist()
     others = sorted((name for name in present if name not in known), key=lambda name: (name != BASELINE, name))
     return [name for name in known if name in present] + others
-
-
-def _with_margin_over_attack(results: pd.DataFrame) -> pd.DataFrame:
-    """Adds this column to results of older versions, which lack it."""
-    if "loss_margin_over_attack" in results or not {"attack_steps", "loss_margins"} <= set(results):
-        return results
-    curves = zip(results["attack_steps"], results["loss_margins"], strict=True)
-    areas = [curve_area(steps, margins) if len(margins) else None for steps, margins in curves]
-    return results.assign(loss_margin_over_attack=pd.Series(areas, dtype=float))
 
 
 def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metric]]:

@@ -165,7 +165,7 @@ def kept(categories: Sequence[Mapping[str, Any]], overall: float) -> Spec:
         "%{customdata[0]}: %{x:.1f} %, %{customdata[1]} of %{customdata[2]} rows<extra>",
         customdata=[[_text(group["title"]), group["selected"], group["rows"]] for group in groups],
     )
-    x = {"range": [0, min(100.0, 1.1 * max(overall, *shares))], "ticksuffix": " %", "rangemode": "tozero"}
+    x = {"range": [0, min(100.0, 1.1 * max(overall, *shares) or 100.0)], "ticksuffix": " %", "rangemode": "tozero"}
     y = {**_NAMES, "tickvals": positions, "ticktext": [_text(title) for title in titles]}
     height = 70 + 26 * len(groups)
     return _bar_figure([trace], height, 76, 40, bargap=0.35, shapes=dashed(overall), xaxis=x, yaxis=y)

@@ -131,6 +131,7 @@ def _ranking(
         "selector": manifest["config"].get("selector", {}).get("name", ""),
         "report": report,
         "judged": bool((scores["reason"] != words.RANKED).any()),
+        "finds_critical": bool((scores["reason"] == "critical").any()),
         "questions": questions,
         "readers": [name for name in dict.fromkeys(chain(*questions.values())) if name not in _NOT_READERS],
         "reasons": reasons,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pharmacist.core.console import markdown as escaped
 from pharmacist.core.files import read_json
 from pharmacist.report import charts
 from pharmacist.report.html import write_page
@@ -95,7 +96,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """Findings and table of all attacks in Markdown."""
     head, lines = attack_table(summary)
     table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
-    found = "\n".join(f"- {line}" for line in sentences(summary))
+    found = "\n".join(f"- {escaped(line)}" for line in sentences(summary))
     return f"# Attack sweep\n\n{found}\n\n{table}\n\nIn %, with 95 % intervals (Wilson) over prompts.\n"
 
 

@@ -81,17 +81,14 @@ CLASSES = {
 """Classes of references."""
 
 QUESTIONS = {
-    "risky": Word("risky", "Is the request harmful?"),
-    "refuses": Word("refuses", "Does the answer decline?"),
-    "whole": Word("whole", "Is the text of the answer whole?"),
-    "pertinent": Word("pertinent", "Does a refusal refuse this very request?"),
-    "typical": Word(
-        "typical",
-        "Does the row look like a safe reference? Counts only as far as pool and references look like one source.",
-    ),
-    "safe": Word("safe", "Is the row like a safe reference, and like no other?"),
+    "risky": "Is the request harmful?",
+    "refuses": "Does the answer decline?",
+    "whole": "Is the text of the answer whole?",
+    "pertinent": "Does a refusal refuse this very request?",
+    "typical": "Does it look like a safe reference? Counts only as far as pool and references look like one source.",
+    "safe": "Is the row like a safe reference, and like no other?",
 }
-"""Questions of selectors about a row."""
+"""Questions of selectors about a row, in full."""
 
 ARMS = {
     "full": Word("Full pool", "Every row of the pool.", "--full"),
