@@ -312,6 +312,17 @@ def test_names_are_text_in_tables_and_charts(browser: Browser, tmp_path: Path) -
         page.close()
 
 
+def test_small_scores_are_told_apart(browser: Browser, tmp_path: Path) -> None:
+    table = scores(["critical"] * 4, 2)
+    table["score"] = [12.3456789, 4.2e-4, 0.0, -1.5e-7]
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    render_ranking(tmp_path / "report.html", scores=table, texts=texts(rows), manifest=manifest(4, report()))
+    page = browser.open(tmp_path / "report.html")
+    found = page.locator("#table tbody tr td:nth-child(2)").all_text_contents()
+    assert found == ["12.346", "0.000420", "0.000", "\u22121.50e\u22127"]
+    page.close()
+
+
 def test_only_real_differences_of_the_harmful_score(browser: Browser, tmp_path: Path) -> None:
     table = results({"core": -20.0}, judge=["lenient", "strict"], noise=0.5)
     table.loc[(table["judge"] == "lenient") & (table["selector"] == "core"), "harmful_score"] += 20.0

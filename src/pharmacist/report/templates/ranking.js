@@ -62,7 +62,7 @@ pharmacist.start(async (DataTable) => {
   for (const button of document.querySelectorAll("[data-reveal]")) {
     button.addEventListener("click", () => document.querySelectorAll(`${button.dataset.reveal} .concealed`).forEach(reveal));
   }
-  const figure = (value) => value.toFixed(3).replace("-", "\u2212");
+  const figure = (value) => (value && Math.abs(value) < 0.1 ? value.toPrecision(3) : value.toFixed(3)).replaceAll("-", "\u2212");
   const key = (keys, value) => (value < 0 ? "" : element("span", { class: "key" }, swatch(keys[value].color), ...readable(keys[value].title)));
   const sample = (row) => element(
     "article", { class: "sample" },
