@@ -86,7 +86,7 @@ class MixSelector(Composite):
             report[name] = found.report
             warnings += found.warnings
         # How far to trust the reasons: what the part that gives them says.
-        asked = next((own for own in report.values() if "questions" in own), {})
+        asked: dict[str, Any] = next((own for own in report.values() if "questions" in own), {})
         report |= {name: asked[name] for name in ("questions", "held_out_by", "cannot_see") if name in asked}
         return Scores(np.mean(ranks, axis=0), reason, signals, report, warnings)
 
