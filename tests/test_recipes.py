@@ -424,8 +424,8 @@ def test_the_recipe_reads_what_is_made(
     save_tiny_model(tmp_path / "data/smollm2")
     words = ["bench", "--config", str(ROOT / "recipes/smollm2.yaml"), "--output-dir", "out", "--dry-run"]
     assert main(words) == 0
-    # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, one of five, three of half batches, one of
-    # batches of 3 and the other defenses: some.
+    # SFT and T-Vaccine: all; two entries of equal steps, five of four epochs, one of five, three of half batches, one
+    # of batches of 3 and the other defenses: some.
     arms = 2 * (18 + 16) + 3 * 2 * 8 + (11 + 10) + 2 * 2 + 2 * 2 * 9 + 3 * 2 * 9 + 2 * 2 * 7 + 3 * 2 * 7
     said = capsys.readouterr().err
     assert f"{arms * 2 * 2 * 5} cells" in said  # tasks, judges, seeds

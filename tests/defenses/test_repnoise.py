@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.nn.losses import mmd2, target_losses, targets
 from tests.support import toy
 from tests.support.pairs import HARMFUL, ROWS, SAFE, Pairs
-from tests.support.tiny import TokenRows
+from tests.support.tiny import TinyDecoder, TokenRows
 
 
 DATA, BAD = toy.batch(SAFE), toy.batch(HARMFUL)
@@ -84,6 +85,25 @@ def test_the_ascent_is_the_log_of_the_loss_read_off_all_depths():
 def test_the_head_and_the_final_norm_are_trained_too_under_full_tuning():
     net = toy.model().requires_grad_(True)
     assert toy.difference(extra(net, beta=0.0), toy.gradient_of(net, plain_ascent(net))) < 1e-12
+
+
+def test_logits_over_a_large_vocabulary_are_differentiated_in_parts():
+    # 256 positions have 2**22 logits; there are 300.
+    net = TinyDecoder(2**14, width=4, layers=1, length=160).train().requires_grad_(True)
+    harmful, safe = (toy.batch(TokenRows([([1, 2], [token] * 150)] * 2)) for token in (3, 4))
+    sizes = []
+    net.lm_head.register_forward_hook(lambda module, args, logits: sizes.append(logits.numel()))
+    pairs = SimpleNamespace(batch=lambda rows: ([0, 1], harmful))
+    found = gradient(net, pairs, safe, ROWS[:2], beta=0.0)
+    assert sizes.count(256 * 2**14) == sizes.count(44 * 2**14) == 2, "of two depths"
+    hidden = []
+    handle = net.layers[0].register_forward_hook(lambda module, args, value: hidden.extend([args[0], value]))
+    net(harmful["input_ids"], harmful["attention_mask"])
+    handle.remove()
+    keep, tokens = targets(harmful["labels"])
+    losses = torch.stack([target_losses(net.lm_head(net.norm(state))[keep], tokens).mean() for state in hidden])
+    expected = toy.combined((1.0, toy.gradient_of(net, -ascent_loss(losses))), (1.0, sft(net, safe)))
+    assert toy.difference(found, expected) < 1e-12
 
 
 def test_the_factor_of_the_ascent_damps_itself():

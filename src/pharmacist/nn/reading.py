@@ -23,6 +23,9 @@ _LARGE = 2**14
 _LOGITS = {"cpu": (2**24, 2**18), "cuda": (2**28, 2**28)}
 """Logits that the head computes at a time, and of which losses are computed at a time. On a CPU (SmolLM2, bfloat16)
 head and losses together then take half the time that they take on a whole batch."""
+_LOGITS_TO_DERIVE = {"cpu": 2**22, "cuda": 2**28}
+"""Logits that are computed and differentiated at a time. On a CPU, the allocator would get the memory of many more
+from the system each time anew."""
 _HEAD_IS_LAST: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """Output head -> whether its results are the model's logits, neither capped nor scaled."""
 
@@ -70,6 +73,17 @@ def _of_one_token(model: nn.Module) -> torch.Tensor:
     ids = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
     logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits
+
+
+def derived_at_a_time(model: nn.Module, device: torch.device) -> int | None:
+    """Positions whose logits are best computed and differentiated at a time; None for all of them.
+
+    All of them also where each call of `logits_from` takes a pass of the whole model.
+    """
+    head = large_head(model)
+    if head is None or not head_is_last(head, model):
+        return None
+    return max(1, _LOGITS_TO_DERIVE[device.type] // int(getattr(head, "out_features", 1)))
 
 
 def read_losses(model: nn.Module, batch: Batch, *, prompt: bool = True, **options: Any) -> tuple[torch.Tensor, Any]:

@@ -16,7 +16,7 @@ from pharmacist.nn.grads import Gradient
 from pharmacist.nn.hooks import capture
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
 from pharmacist.nn.losses import IGNORED, mmd2, precise, target_losses, targets
-from pharmacist.nn.reading import logits_from
+from pharmacist.nn.reading import derived_at_a_time, logits_from
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
 
 
@@ -127,21 +127,29 @@ class RepNoise(GradientStrategy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A scalar with the gradient of ``-alpha * ascent_loss`` (its value is meaningless), and the losses.
 
-        Each depth is differentiated as soon as its loss is known, so that only one depth's logits exist at a time.
+        Logits are differentiated as soon as their losses are known, so that those of few positions exist at a time.
         Depths are hidden states at the positions of the target tokens, each of shape [targets, width].
         """
         weights = [p for part in (self.norm, self.head) for p in part.parameters() if p.requires_grad]
+        share = step.mean(tokens.new_ones((), dtype=torch.float64), len(tokens))
+        size = derived_at_a_time(step.model, tokens.device) or max(1, len(tokens))
         values, found = [], []
         for hidden in depths:
             # Frozen embeddings, the first depth, need no derivative.
+            moved = [value for value in (hidden, *weights) if value.requires_grad]
             own = hidden.detach().requires_grad_(hidden.requires_grad)
             inputs = [value for value in (own, *weights) if value.requires_grad]
-            with step.autocast():
-                logits = logits_from(step.model, self.norm(own))
-            loss = step.mean(target_losses(logits, tokens).sum(), len(tokens))
-            values.append(loss.detach())
-            moved = [value for value in (hidden, *weights) if value.requires_grad]
-            found.append(list(zip(moved, torch.autograd.grad(loss, inputs), strict=True)) if inputs else [])
+            parts, grads = [], [torch.zeros_like(value) for value in inputs]
+            for part, following in zip(own.split(size), tokens.split(size), strict=True):  # type: ignore[no-untyped-call]
+                with step.autocast():
+                    logits = logits_from(step.model, self.norm(part))
+                loss = target_losses(logits, following).sum() * share
+                parts.append(loss.detach())
+                if inputs:
+                    more = torch.autograd.grad(loss, inputs)
+                    grads = [grad + of_part for grad, of_part in zip(grads, more, strict=True)]
+            values.append(torch.stack(parts).sum())
+            found.append(list(zip(moved, grads, strict=True)))
         losses = total(torch.stack(values)) / world_size()
         at = losses.clone().requires_grad_()
         (factors,) = torch.autograd.grad(-self.config.alpha * ascent_loss(at), at)
