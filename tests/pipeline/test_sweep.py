@@ -16,6 +16,7 @@ from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.options import as_json
 from pharmacist.data.tasks import TASKS, NamedTask
 from pharmacist.evaluation.metrics import rate
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs
 from pharmacist.pipeline.stages.sweep import GridOptions, SweepOptions
 from pharmacist.pipeline.sweep import _evaluate_options, _points, sweep
 from tests.support.tiny import WORDS, save_tiny_model
@@ -285,6 +286,16 @@ def points(files: dict[str, str], tmp_path: Path, grid: dict[str, Any], **more: 
 
     own = options(files, tmp_path, grid, **more)
     return _points(own, DEFENSES.build_from(own.defense))
+
+
+def test_columns_of_the_task_do_not_hinder_the_curves(files: dict[str, str], tmp_path: Path) -> None:
+    own = [{"question": row["prompt"], "answer": row["completion"]} for row in rows(6, "flour")]
+    test = write_rows(tmp_path / "test.jsonl", own)
+    measured = {"prompts": files["prompts"], "task": test, "columns": "prompt=question,completion=answer"}
+    given = options(files, tmp_path / "out", RATES, evaluate=measured)
+    for curve, sources in ((False, {"prompts", "task"}), (True, {"prompts"})):
+        evaluating = _evaluate_options(given, files["model"], tmp_path / "out", curve=curve)
+        assert EvaluateInputs(evaluating).sources.keys() == sources
 
 
 def test_every_combination_is_one_attack(files: dict[str, str], tmp_path: Path) -> None:

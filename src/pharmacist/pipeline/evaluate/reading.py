@@ -8,6 +8,7 @@ from typing import Any
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.naming import flag
+from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Row, Source, open_source
 from pharmacist.data.records import Records, columns_in, first_row, parse_columns
@@ -150,15 +151,20 @@ class EvaluateInputs:
 
 
 def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[str, dict[str, str]]:
-    """The pairs of --columns that each source can use, since it has the column; each pair must be of use to one."""
+    """The pairs of --columns that each source can use, since it has the column; each pair must be of use to one.
+
+    Where only the harmful score is measured, as along an attack, the others may be for files that are left out.
+    """
     pairs, found = parse_columns(text) or {}, dict[str, dict[str, str]]()
     for name, source in sources.items():
         usable = _PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
         found[name] = columns_in(source, {to: column for to, column in pairs.items() if to in usable})
     for to, column in pairs.items():
         if not any(to in own for own in found.values()):
-            files = ", ".join(map(flag, sources))
-            raise ConfigError(f"--columns {to}={column}: no file has a column that it applies to ({files})")
+            unused = f"--columns {to}={column}: no file has a column that it applies to ({', '.join(map(flag, sources))})"
+            if {"answers", "benign_prompts", "task"} & sources.keys():
+                raise ConfigError(unused)
+            say(unused)
     return found
 
 
