@@ -38,7 +38,7 @@ from pharmacist.pipeline.bench.stages import Draft, Stage, make_stage, stage_war
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs, verdict_files
 from pharmacist.pipeline.pages import sweep_page, write_table
 from pharmacist.pipeline.stages.attack import AttackOptions
-from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.pipeline.stages.evaluate import NOT_ALONG_ATTACKS, EvaluateOptions
 from pharmacist.pipeline.stages.sweep import SWEEP, SweepOptions
 from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
@@ -47,8 +47,6 @@ from pharmacist.training.strategy import GradientStrategy
 RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
 _SHARED = ("seed", "device", "dtype", "quiet", "trust_remote_code", "template")
 """Options of the attacks that the evaluations have too."""
-_NOT_IN_CURVES = ("benign_prompts", "task", "perplexity", "base", "margin", "lm_eval")
-"""Options of evaluate that measure something else than the harmful score."""
 _SHOWN = 20
 
 
@@ -173,10 +171,11 @@ def _snapshots(point: AttackOptions, strategy: GradientStrategy, options: SweepO
 
 
 def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve: bool = False) -> EvaluateOptions:
-    """Options of the evaluation of a model; for a curve without what is no harmful score."""
-    values = {name: getattr(options, name) for name in _SHARED}
-    values |= {name: value for name, value in options.evaluate.items() if not (curve and name in _NOT_IN_CURVES)}
+    """Options of the evaluation of a model; for a curve of the harmful score alone."""
+    values = {name: getattr(options, name) for name in _SHARED} | options.evaluate
     values |= {"model": model, "output_dir": str(folder)}
+    if curve:
+        values |= dict.fromkeys([*NOT_ALONG_ATTACKS, "margin"])
     return from_mapping(EvaluateOptions, values, where="--evaluate")
 
 

@@ -45,7 +45,7 @@ from pharmacist.pipeline.bench.stages import (
 from pharmacist.pipeline.curate import WEIGHTS
 from pharmacist.pipeline.evaluate.reading import grader_of, judges_of, verdict_files
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD
-from pharmacist.pipeline.stages.evaluate import EVALUATE
+from pharmacist.pipeline.stages.evaluate import EVALUATE, NOT_ALONG_ATTACKS
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
 
@@ -530,7 +530,7 @@ class _Graph:
         if options.prompts == _MISSING:
             raise ConfigError("evaluate: 'prompts' must name the harmful prompts that are asked")
         if prompts_only:
-            options = with_options(options, benign_prompts=None, task=None, perplexity=None, base=None, lm_eval=None)
+            options = with_options(options, **dict.fromkeys(NOT_ALONG_ATTACKS))
         asked = {name: value for name, value in identifying(as_json(options)).items() if name not in EVALUATE.final}
         judging = f"judging {options.judge!r} {options.second_judge!r} {options.task and options.task_type!r}"
         files = self.once(judging, lambda: verdict_files(judges_of(options), grader_of(options)))

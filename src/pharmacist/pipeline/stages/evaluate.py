@@ -15,6 +15,8 @@ from pharmacist.pipeline.stages.curate import REFERENCES as REFERENCES
 PROMPTS = ("prompts", "benign_prompts", "task")
 GENERAL = ("perplexity", "margin", "lm_eval")
 """Options of metrics that need weights and no answers."""
+NOT_ALONG_ATTACKS = ("benign_prompts", "task", "perplexity", "base", "lm_eval")
+"""Options of what is not measured at the snapshots of an attack."""
 
 
 @dataclass(kw_only=True)
