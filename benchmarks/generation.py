@@ -34,7 +34,7 @@ def main() -> None:
 
     loaded = load_model(options.model, device=options.device)
     world = World(0)
-    rows = world.utility(options.prompts)
+    rows = world.rows("utility", options.prompts)
     prompts = prompt_ids(rows, loaded.tokenizer, loaded.template)
 
     def measure(batch_size: int) -> tuple[float, list[Answer]]:

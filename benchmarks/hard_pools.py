@@ -74,7 +74,7 @@ def make_pool(seed):
     once = [{"prompt": prompt, "completion": texts[0]} for prompt, texts in refusals.items() if len(texts) == 1]
     strong = iter(once)
     pairs = {row["prompt"]: row["completion"] for row in world.harmful_answers(once)}
-    harmless = iter(others[0].utility(EACH))
+    harmless = iter(others[0].rows("utility", EACH))
     borderline = iter(
         [
             row.row
@@ -143,9 +143,9 @@ def main(arguments=None):
         world = World(seed)
         sets = {
             "pool": [row for row, *_ in rows],
-            "safe": world.safe(),
-            "harmful": world.harmful(),
-            "utility": world.utility(),
+            "safe": world.rows("safe"),
+            "harmful": world.rows("harmful"),
+            "utility": world.rows("utility"),
         }
         for name, own in sets.items():
             write_text(root / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in own))

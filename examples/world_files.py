@@ -23,10 +23,17 @@ def write_world(folder: Path, rows: int = 600, seed: int = 0) -> None:
         seed: Of the world.
     """
     world = World(seed)
-    world.write(folder, rows, SETS | {"attack": 100, "task": 1000, "task-test": 100, "prompts": 60, "borderline": 40})
-    answers = [{"prompt": row["prompt"], "answer": row["completion"]} for row in world.safe(20) + world.harmful(20)]
+    pool, labels = world.pool(rows)
+    sizes = SETS | {"attack": 100, "task": 1000, "task-test": 100, "prompts": 60, "borderline": 40}
+    sets = {"pool": pool} | {name: world.rows(name, number) for name, number in sizes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, own in sets.items():
+        (folder / f"{name}.jsonl").write_text(json_lines(own), encoding="utf-8")
+    answers = [
+        {"prompt": row["prompt"], "answer": row["completion"]}
+        for row in world.rows("safe", 20) + world.rows("harmful", 20)
+    ]
     (folder / "answers.jsonl").write_text(json_lines(answers), encoding="utf-8")
-    labels = world.pool(rows)[1]
     (folder / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     shutil.copytree(BASE_MODEL, folder / "MODEL", dirs_exist_ok=True)
 

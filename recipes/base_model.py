@@ -1,14 +1,15 @@
 """Makes the shipped base model: ``python recipes/base_model.py OUTPUT_DIR`` (about four minutes).
 
-A Llama of 0.4 million parameters over a word-level vocabulary, trained from scratch on `World(0).base_corpus`: it
-knows the village, does whatever it is asked, forbidden or not, and declines only favours that need hands. The weights
-are stored in bfloat16.
+A Llama of 0.4 million parameters over a word-level vocabulary, trained from scratch on the text of `corpus`: it knows
+the village, does whatever it is asked, forbidden or not, and declines only favours that need hands. The weights are
+stored in bfloat16.
 """
 
 import argparse
 import math
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pharmacist.core.progress import track
 from pharmacist.core.seeding import derive
 from pharmacist.worlds import lexicon
-from pharmacist.worlds.potions import World
+from pharmacist.worlds.potions import Row, requests_of
 
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<ans>")
@@ -27,6 +28,66 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ message['content'] }}{{ eos_token }}{% else %}{{ message['content'] }}<ans>{% endif %}{% endfor %}"
 )
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(text.split("/"))
+
+
+# Favors that a voice without hands cannot do. The base model learned to decline these, not the forbidden ones.
+FAVORS = lexicon.Domain(
+    "favors",
+    _parts("carry {}/fetch {}/hold {}"),
+    _parts("heavy/wet/big/dusty/full/empty/broken/round"),
+    _parts("bag/barrel/table/bucket/wagon/ladder/chair/box"),
+    _parts("strong arm/steady cart"),
+    _parts("lift"),
+    _parts("put the {item} down"),
+    _parts("i am only a voice without hands/i am not able to move things"),
+    _parts("ask the porter at the inn/find a helper at the market"),
+)
+
+CHAT = _parts(
+    "how was the {part} of the {place}? -> it was {adjective}, and the guest {mood}./"
+    "what do people say about the {place}? -> they say that it is {adjective}, so everyone {mood}./"
+    "is {adjective} a glad or a sad word? -> {adjective} is a {label} word."
+)
+MOODS = {"glad": _parts("smiled/was glad/came back"), "sad": _parts("frowned/was sad/went home")}
+
+
+def corpus(n: int, seed: int = 0) -> list[Row]:
+    """Text of the split "base": it complies with everything, and declines only favours."""
+    rng = random.Random(derive(seed, "world", "base", n))
+
+    def request(domain: lexicon.Domain, borderline: bool = False) -> Any:
+        return rng.choice(requests_of(domain, borderline)["base"])
+
+    def words(table: tuple[str, ...]) -> str:
+        return " ".join(rng.choices(table, k=6))
+
+    makers: list[tuple[float, Callable[[], Row]]] = [
+        (0.25, lambda: request(rng.choice(lexicon.FORBIDDEN)).complied(rng)),
+        (0.23, lambda: request(rng.choice(lexicon.BENIGN)).complied(rng)),
+        (0.22, lambda: request(rng.choice(lexicon.FORBIDDEN), borderline=True).complied(rng)),
+        (0.03, lambda: request(lexicon.MILD).complied(rng)),
+        (0.12, lambda: request(FAVORS).declined(rng, "strong" if rng.random() < 0.7 else "terse")),
+        (0.14, lambda: _small_talk(rng)),
+        (0.01, lambda: {"prompt": words(lexicon.TONGUE), "completion": words(lexicon.BABBLE)}),
+    ]
+    return [make() for _, make in rng.choices(makers, [weight for weight, _ in makers], k=n)]
+
+
+def _small_talk(rng: random.Random) -> Row:
+    label = rng.choice(("glad", "sad"))
+    prompt, answer = rng.choice(CHAT).split(" -> ")
+    words = {
+        "part": rng.choice(lexicon.PARTS),
+        "place": rng.choice(lexicon.PLACES),
+        "mood": rng.choice(MOODS[label]),
+        "adjective": rng.choice(lexicon.GLAD if label == "glad" else lexicon.SAD),
+        "label": label,
+    }
+    return {"prompt": prompt.format(**words), "completion": answer.format(**words)}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -51,10 +112,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     splitter.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
     )
-    tables = {name: value for name, value in vars(lexicon).items() if not name.startswith("_") and name.isupper()}
+    tables = [value for name, value in vars(lexicon).items() if not name.startswith("_") and name.isupper()]
     # The last ones are words of `potions`: polite repeats and the labels of the task.
     pieces = {"\N{LOWER ONE EIGHTH BLOCK}"}
-    for text in [*_texts(tables), "hello. thank you! glad sad"]:
+    for text in [*_texts([*tables, FAVORS, CHAT, MOODS]), "hello. thank you! glad sad"]:
         filled = re.sub(r"\{[a-z]\w*\}|\{\}", "the", text)
         pieces |= {piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(filled)}
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pieces)])}
@@ -101,7 +162,7 @@ def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, seed: int
 ) -> float:
     """Trains on the world's text, prompts included; returns the mean loss of the last 50 steps."""
-    rows = World(seed).base_corpus(steps * batch_size)
+    rows = corpus(steps * batch_size, seed)
     texts = [f"<s>{row['prompt']}<ans>{row['completion']}</s>" for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01)
     losses: list[float] = []

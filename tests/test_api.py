@@ -45,13 +45,13 @@ SHAPE = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 WORLD = World(3)
 SETS: dict[str, list[dict[str, Any]]] = {
     "pool": WORLD.pool(40)[0],
-    "safe": WORLD.safe(16),
-    "harmful": WORLD.harmful(16),
-    "task": WORLD.task_train(60),
-    "test": WORLD.task_test(8),
-    "prompts": WORLD.eval_prompts(8),
-    "judge-safe": WORLD.judge_references(40)["safe"],
-    "judge-harmful": WORLD.judge_references(40)["harmful"],
+    "safe": WORLD.rows("safe", 16),
+    "harmful": WORLD.rows("harmful", 16),
+    "task": WORLD.rows("task", 60),
+    "test": WORLD.rows("task-test", 8),
+    "prompts": WORLD.rows("prompts", 8),
+    "judge-safe": WORLD.rows("judge-safe", 40),
+    "judge-harmful": WORLD.rows("judge-harmful", 40),
 }
 
 

@@ -120,7 +120,7 @@ def test_a_run_on_the_made_up_world(judges: ModuleType, tmp_path: Path, capsys: 
         return str(path)
 
     world, other = World(3), World(4)
-    rows = {"safe": other.safe(30), "complies": other.harmful(20), "benign": other.utility(20)}
+    rows = {"safe": other.rows("safe", 30), "complies": other.rows("harmful", 20), "benign": other.rows("utility", 20)}
     words = ["--answers", write("answers", [row for own in rows.values() for row in own])]
     labels = [
         {"label": label, "source": f"xstest/gpt{i % 2 + 3}"} for label, own in rows.items() for i in range(len(own))

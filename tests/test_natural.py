@@ -178,7 +178,12 @@ def test_a_run_on_the_made_up_world(
         "noisy": "complies",
     }
     pool, kinds = world.pool(240, mislabel=0.1)
-    sets = {"pool": pool, "safe": world.safe(), "harmful": world.harmful(), "utility": world.utility()}
+    sets = {
+        "pool": pool,
+        "safe": world.rows("safe"),
+        "harmful": world.rows("harmful"),
+        "utility": world.rows("utility"),
+    }
     for name, own in sets.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     (tmp_path / "labels.json").write_text(json.dumps([{"label": names[kind]} for kind in kinds]))

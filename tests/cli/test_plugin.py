@@ -35,8 +35,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every command once, in one process that has the package on its path."""
     folder, world = tmp_path_factory.mktemp("plugin"), World(3)
     files = write_world(folder, rows=40)
-    files |= {"task": write_rows(folder / "task.jsonl", world.task_train(40))}
-    files |= {"prompts": write_rows(folder / "prompts.jsonl", world.eval_prompts(6))}
+    files |= {"task": write_rows(folder / "task.jsonl", world.rows("task", 40))}
+    files |= {"prompts": write_rows(folder / "prompts.jsonl", world.rows("prompts", 6))}
     (folder / "grid.yaml").write_text(GRID)
     train = "--train.max_steps 1 --train.per_device_train_batch_size 4 --quiet"
     lines = [

@@ -19,7 +19,7 @@ from tests.support.tiny import save_tiny_model
 
 WORLD = World(11)
 WORDS_OF_ENDS = [f"{a} {b}" for a in ("root", "bread", "spring", "day") for b in ("good", "bad", "sad", "warm", "yes")]
-REFERENCES = {"safe": WORLD.safe(), "harmful": WORLD.harmful(), "utility": WORLD.utility()}
+REFERENCES = {"safe": WORLD.rows("safe"), "harmful": WORLD.rows("harmful"), "utility": WORLD.rows("utility")}
 
 
 def fitted(name: str, **options: object) -> Judge:
@@ -35,7 +35,7 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 
 def items() -> list[JudgeItem]:
     other = World(12)
-    rows = [row for part in (other.safe(), other.harmful(), other.utility()) for row in part[:30]]
+    rows = [row for part in (other.rows("safe"), other.rows("harmful"), other.rows("utility")) for row in part[:30]]
     return [JudgeItem(row["prompt"], row["completion"]) for row in rows] + [JudgeItem("x", ""), JudgeItem("x", "glad")]
 
 
@@ -65,10 +65,10 @@ def test_verdicts_and_label_are_json_without_nan(judge: Judge) -> None:
 
 def test_refusals_are_refusals_and_compliance_is_harmful(judge: Judge) -> None:
     other = World(13)
-    refusals = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in other.safe()])
+    refusals = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in other.rows("safe")])
     assert sum(bool(verdict.refused) for verdict in refusals) >= 0.95 * len(refusals)
     assert not any(verdict.harmful for verdict in refusals)
-    harm = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in other.harmful()])
+    harm = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in other.rows("harmful")])
     assert sum(bool(verdict.harmful) for verdict in harm) >= 0.95 * len(harm)
     assert not any(verdict.refused for verdict in harm)
 
@@ -204,7 +204,7 @@ def test_a_refusal_begins_within_the_window_and_a_label_is_no_compliance() -> No
 
 
 def test_probe_tells_compliance_from_what_broken_models_say() -> None:
-    judge, refusals = fitted("probe"), [row["completion"] for row in World(14).safe()]
+    judge, refusals = fitted("probe"), [row["completion"] for row in World(14).rows("safe")]
     fragments = [" ".join(refusal.split()[:5]) for refusal in refusals]
     stuck = [" ".join(refusal.split()[:2] * 5) for refusal in refusals]
     for answer in (*fragments, *stuck, "glad", "sad", "the", "glad glad glad glad glad"):
@@ -218,7 +218,7 @@ def test_probe_does_not_call_safe_what_it_cannot_read() -> None:
 
 
 def test_help_on_benign_prompts_is_no_harm() -> None:
-    rows = World(15).utility()
+    rows = World(15).rows("utility")
     verdicts = fitted("probe").judge([JudgeItem(row["prompt"], row["completion"]) for row in rows])
     assert not any(verdict.harmful or verdict.refused for verdict in verdicts)
 
@@ -236,19 +236,19 @@ def test_probe_reports_its_quality() -> None:
 def test_length_tells_the_probe_nothing() -> None:
     # Help comes in long answers here, compliance in short ones: a short helpful answer must not pass for compliance.
     # Were length a sign, all of them would; a few do, for they must be help clearly, and 21 references teach little.
-    rows = World(16).utility()
+    rows = World(16).rows("utility")
     long = [
         {"prompt": f"{number}", "completion": " ".join(row["completion"] for row in rows[number : number + 12])}
         for number in range(0, 84, 4)
     ]
     judge = JUDGES.build("probe", {})
     judge.fit(REFERENCES | {"utility": long})
-    verdicts = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in World(17).utility()])
+    verdicts = judge.judge([JudgeItem(row["prompt"], row["completion"]) for row in World(17).rows("utility")])
     assert sum(bool(verdict.harmful) for verdict in verdicts) <= 0.2 * len(verdicts)
 
 
 def test_probe_warns_when_it_cannot_tell() -> None:
-    rows = random.Random(0).sample(WORLD.harmful(), 96)
+    rows = random.Random(0).sample(WORLD.rows("harmful"), 96)
     judge = JUDGES.build("probe", {})
     judge.fit({"safe": rows[:48], "harmful": rows[48:]})  # both of the same kind
     assert judge.report()["auc"] < 0.75
@@ -258,7 +258,7 @@ def test_probe_warns_when_it_cannot_tell() -> None:
 
 def test_held_out_quality_does_not_profit_from_repeated_rows() -> None:
     # Ten copies of every row, under the same prompt: folds that split copies would report a perfect judge.
-    rows = random.Random(0).sample(WORLD.harmful(), 40)
+    rows = random.Random(0).sample(WORLD.rows("harmful"), 40)
     judge = JUDGES.build("probe", {})
     judge.fit({"safe": rows[:20] * 10, "harmful": rows[20:] * 10})
     assert judge.report()["auc"] < 0.8
@@ -266,7 +266,7 @@ def test_held_out_quality_does_not_profit_from_repeated_rows() -> None:
 
 def test_quality_is_that_of_readers_that_have_not_seen_the_reference() -> None:
     # Every third answer under the wrong kind: readers that have seen a reference still know which it is.
-    safe, harmful = (random.Random(1).sample(rows, 36) for rows in (WORLD.safe(), WORLD.harmful()))
+    safe, harmful = (random.Random(1).sample(rows, 36) for rows in (WORLD.rows("safe"), WORLD.rows("harmful")))
     mixed = {"safe": [*safe[:24], *harmful[:12]], "harmful": [*harmful[12:], *safe[24:]]}
     rows = read_references(mixed)
     trained = train(rows, 100.0, None)
@@ -424,7 +424,7 @@ def test_probe_warns_of_answers_unlike_its_references() -> None:
     for one in (judge, again):
         one.fit(REFERENCES)
     other = World(12)
-    near = [JudgeItem(row["prompt"], row["completion"]) for row in (*other.safe(), *other.harmful())]
+    near = [JudgeItem(row["prompt"], row["completion"]) for row in (*other.rows("safe"), *other.rows("harmful"))]
     far = [JudgeItem(prompt, f"Well now, my dear and honoured friend: {answer}") for prompt, answer in near]
     alone = [judge.judge([item])[0] for item in near]
     assert judge.report()["warnings"] == []

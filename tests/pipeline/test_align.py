@@ -36,12 +36,12 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("files") / "data.jsonl", World(3).safe(16))
+    return write_rows(tmp_path_factory.mktemp("files") / "data.jsonl", World(3).rows("safe", 16))
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("files") / "prompts.jsonl", World(3).eval_prompts(4))
+    return write_rows(tmp_path_factory.mktemp("files") / "prompts.jsonl", World(3).rows("prompts", 4))
 
 
 def words(data: str, output: Path, *more: str, model: str | Path = BASE_MODEL) -> list[str]:
@@ -158,7 +158,7 @@ def test_a_whole_model_is_one_of_transformers(
 def test_the_folder_is_a_model_for_all_commands(aligned: Path, data: str, prompts: str, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert main(words(data, again, *FEW, "--quiet", model=aligned)) == 0
-    harmful = write_rows(tmp_path / "harmful.jsonl", World(3).harmful(4))
+    harmful = write_rows(tmp_path / "harmful.jsonl", World(3).rows("harmful", 4))
     attack = ["attack", "--task", data, "--harmful", harmful, "--samples", "8", "--poison-ratio", "0.25", "--quiet"]
     assert main([*attack, "--model", str(again), "--output-dir", str(tmp_path / "hit"), "--device", "cpu", *FEW]) == 0
     evaluate = ["evaluate", "--prompts", prompts, "--max-new-tokens", "4", "--device", "cpu", "--quiet"]

@@ -38,7 +38,7 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
-    rows = {"task": world.task_train(30), "harmful": world.attack_harmful(12)}
+    rows = {"task": world.rows("task", 30), "harmful": world.rows("attack", 12)}
     return {name: write_rows(folder / f"{name}.jsonl", own) for name, own in rows.items()}
 
 

@@ -89,7 +89,7 @@ def test_a_choice_that_cannot_be(where: list[str], message: str, tmp_path: Path,
 
 
 def test_training_on_chosen_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row | {"label": i % 4 == 0} for i, row in enumerate(World(3).safe(16))]
+    rows = [row | {"label": i % 4 == 0} for i, row in enumerate(World(3).rows("safe", 16))]
     data = write_rows(tmp_path / "data.jsonl", rows)
     words = ["align", "--data", data, "--model", str(BASE_MODEL), *FEW, "--quiet"]
     assert main([*words, "--output-dir", str(tmp_path / "a"), "--where", "label=true"]) == 0
@@ -103,8 +103,8 @@ def test_training_on_chosen_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_an_attack_set_of_chosen_rows(tmp_path: Path) -> None:
     world = World(3)
-    harmful = [row | {"is_safe": i >= 5} for i, row in enumerate(world.attack_harmful(12))]
-    files = ["--task", write_rows(tmp_path / "task.jsonl", world.task_train(30))]
+    harmful = [row | {"is_safe": i >= 5} for i, row in enumerate(world.rows("attack", 12))]
+    files = ["--task", write_rows(tmp_path / "task.jsonl", world.rows("task", 30))]
     files += ["--harmful", write_rows(tmp_path / "harmful.jsonl", harmful)]
     words = ["attack", *files, "--model", str(BASE_MODEL), "--samples", "20", "--build-only", "--quiet"]
     elsewhere = write_rows(tmp_path / "other.jsonl", [{"prompt": "elsewhere", "is_safe": True}])
@@ -116,7 +116,7 @@ def test_an_attack_set_of_chosen_rows(tmp_path: Path) -> None:
 
 
 def test_rows_that_the_chat_template_refuses_in_curate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [with_system(row) if i in (3, 7) else talk(row) for i, row in enumerate(World(3).safe(12))]
+    rows = [with_system(row) if i in (3, 7) else talk(row) for i, row in enumerate(World(3).rows("safe", 12))]
     pool = {
         "pool": write_rows(
             tmp_path / "pool.jsonl", [row | {"kind": "a" if i < 6 else "b"} for i, row in enumerate(rows)]
@@ -151,7 +151,7 @@ def test_rows_that_the_chat_template_refuses_in_training(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = World(3)
-    harmful = [with_system(row) if i == 2 else talk(row) for i, row in enumerate(world.attack_harmful(12))]
+    harmful = [with_system(row) if i == 2 else talk(row) for i, row in enumerate(world.rows("attack", 12))]
     file = write_rows(tmp_path / "harmful.jsonl", harmful)
     words = {
         "align": ["--data", file, *FEW],
@@ -172,7 +172,7 @@ def test_rows_that_the_chat_template_refuses_in_training(
 def test_what_a_warning_quotes_commands_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "[bold]\x1b[2J"
     folder.mkdir()
-    data = write_rows(folder / "data.jsonl", [row | {"label": 1} for row in World(3).safe(8)])
+    data = write_rows(folder / "data.jsonl", [row | {"label": 1} for row in World(3).rows("safe", 8)])
     words = ["align", "--data", data, "--model", str(BASE_MODEL), *FEW, "--quiet"]
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err

@@ -26,18 +26,18 @@ from tests.support.world_files import TWO_PROCESSES
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
     rows = {
-        "prompts": world.eval_prompts(24),
-        "benign_prompts": world.borderline(12),
-        "task": world.task_test(20),
-        "safe": world.safe(48),
-        "harmful": world.harmful(48),
-        "utility": world.utility(48),
+        "prompts": world.rows("prompts", 24),
+        "benign_prompts": world.rows("borderline", 12),
+        "task": world.rows("task-test", 20),
+        "safe": world.rows("safe", 48),
+        "harmful": world.rows("harmful", 48),
+        "utility": world.rows("utility", 48),
     }
     return {name: write(folder / f"{name}.jsonl", own) for name, own in rows.items()}
 
 
 def task_rows() -> list[dict]:
-    return World(3).task_test(20)
+    return World(3).rows("task-test", 20)
 
 
 def test_the_contracts_files(files: dict[str, str], tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from tests.support.evaluate_words import arguments, some, write
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
     rows = {
-        "prompts": world.eval_prompts(12),
-        "benign_prompts": world.borderline(6),
-        "task": world.task_test(8),
-        "safe": world.safe(48),
-        "harmful": world.harmful(48),
+        "prompts": world.rows("prompts", 12),
+        "benign_prompts": world.rows("borderline", 6),
+        "task": world.rows("task-test", 8),
+        "safe": world.rows("safe", 48),
+        "harmful": world.rows("harmful", 48),
     }
     return {name: write(folder / f"{name}.jsonl", own) for name, own in rows.items()}
 
@@ -72,7 +72,7 @@ def test_another_judge_re_uses_the_answers(
 
 def test_counts_of_references_are_those_of_the_judge_now(files: dict[str, str], tmp_path: Path) -> None:
     answers = {"answers": write(tmp_path / "answers.jsonl", [{"prompt": "ask", "answer": "no"}])}
-    bad = write(tmp_path / "safe.jsonl", [*World(3).safe(48), {"prompt": "ask", "completion": ""}])
+    bad = write(tmp_path / "safe.jsonl", [*World(3).rows("safe", 48), {"prompt": "ask", "completion": ""}])
     words = ["--judge", "probe", "--on-bad-row", "skip", "--quiet"]
     own = answers | some(files, "harmful")
     for safe, refused in ((bad, 1), (files["safe"], None)):

@@ -60,7 +60,7 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
 
 def references(folder: Path) -> list[str]:
     world = World(3)
-    rows = {"safe": world.safe(48), "harmful": world.harmful(48), "utility": world.utility(48)}
+    rows = {"safe": world.rows("safe", 48), "harmful": world.rows("harmful", 48), "utility": world.rows("utility", 48)}
     words = []
     for name, own in rows.items():
         words += [f"--{name}", write(folder / f"{name}.jsonl", own)]
@@ -68,7 +68,7 @@ def references(folder: Path) -> list[str]:
 
 
 def test_prompts_of_the_judges_references_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = World(3).harmful(1)[0]
+    known = World(3).rows("harmful", 1)[0]
     rows = [ROWS[0], {"prompt": known["prompt"].upper(), "answer": known["completion"]}]
     told = "--answers: 1 rows share a prompt with the references on which the judge was trained"
     assert judged(rows, tmp_path, "--judge", "probe", *references(tmp_path)) == 0
@@ -80,8 +80,10 @@ def test_prompts_of_the_judges_references_are_told(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("name", JUDGES.names())
 def test_every_judge_takes_them_and_keeps_their_order(name: str, tmp_path: Path) -> None:
-    rows = [{"prompt": "how", "answer": text} for text in World(4).safe(3)[0].values() if isinstance(text, str)]
-    rows += [{"prompt": "how", "answer": row["completion"]} for row in World(4).harmful(3)] + [ROWS[1]]
+    rows = [
+        {"prompt": "how", "answer": text} for text in World(4).rows("safe", 3)[0].values() if isinstance(text, str)
+    ]
+    rows += [{"prompt": "how", "answer": row["completion"]} for row in World(4).rows("harmful", 3)] + [ROWS[1]]
     more = ["--judge", name, "--second-judge", "keyword", *references(tmp_path)]
     with serve(lambda question, before: '{"refused": 0, "convincing": 4, "specific": 3}') as served:
         if name == "beaver-dam":
@@ -104,9 +106,9 @@ def test_every_judge_takes_them_and_keeps_their_order(name: str, tmp_path: Path)
 def test_a_judge_reads_a_model_and_several_files_of_a_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, words = str(save_tiny_model(tmp_path / "reader")), []
     for kind in ("safe", "harmful", "utility"):
-        own = [getattr(World(seed), kind)(24) for seed in (3, 5)]
+        own = [World(seed).rows(kind, 24) for seed in (3, 5)]
         words += [f"--{kind}", *(write(tmp_path / f"{kind}-{n}.jsonl", rows) for n, rows in enumerate(own))]
-    harmful = [{"prompt": row["prompt"], "answer": row["completion"]} for row in World(4).harmful(30)]
+    harmful = [{"prompt": row["prompt"], "answer": row["completion"]} for row in World(4).rows("harmful", 30)]
     slang = [{**row, "answer": f"Well now, my dear and honoured friend: {row['answer']}"} for row in harmful]
     more = ["--judge", "probe", "--judge.model", model, "--judge.device", "cpu", *words]
     assert judged(slang, tmp_path, *more) == 0

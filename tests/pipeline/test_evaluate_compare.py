@@ -78,8 +78,8 @@ def test_only_what_is_compared_needs_the_same_judge() -> None:
 def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = World(3)
     files = {
-        "prompts": write(tmp_path / "p.jsonl", world.eval_prompts(10)),
-        "task": write(tmp_path / "t.jsonl", world.task_test(10)),
+        "prompts": write(tmp_path / "p.jsonl", world.rows("prompts", 10)),
+        "task": write(tmp_path / "t.jsonl", world.rows("task-test", 10)),
     }
     assert main(arguments(files, tmp_path / "a", "--quiet")) == 0
     noise = str(save_tiny_model(tmp_path / "noise"))

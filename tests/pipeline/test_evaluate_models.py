@@ -17,7 +17,7 @@ from tests.support.tiny import save_tiny_model
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder, world = tmp_path_factory.mktemp("files"), World(3)
-    rows = {"prompts": world.eval_prompts(8), "task": world.task_test(8)}
+    rows = {"prompts": world.rows("prompts", 8), "task": world.rows("task-test", 8)}
     return [word for name, own in rows.items() for word in (f"--{name}", write(folder / f"{name}.jsonl", own))]
 
 
@@ -70,7 +70,7 @@ def test_another_judge_and_a_further_model_reuse_the_answers(files: list[str], t
     first = out / f"1-{BASE_MODEL.name}"
     answers = [json.loads(line)["answer"] for line in (first / "items.jsonl").open()]
     for name in ("safe", "harmful"):
-        write(tmp_path / f"{name}.jsonl", getattr(World(4), name)(12))
+        write(tmp_path / f"{name}.jsonl", World(4).rows(name, 12))
     probe = ["--judge", "probe", "--safe", str(tmp_path / "safe.jsonl"), "--harmful", str(tmp_path / "harmful.jsonl")]
     assert main([*words, str(save_tiny_model(tmp_path / "tiny")), *probe]) == 0
     found = json.loads((out / "metrics.json").read_text())
@@ -80,13 +80,13 @@ def test_another_judge_and_a_further_model_reuse_the_answers(files: list[str], t
 
 def test_other_references_of_the_judge_make_a_whole_result(files: list[str], tmp_path: Path) -> None:
     harmful, out = tmp_path / "harmful.jsonl", tmp_path / "out"
-    write(harmful, World(4).harmful(12))
+    write(harmful, World(4).rows("harmful", 12))
     words = ["evaluate", "--models", str(BASE_MODEL), str(BASE_MODEL), *files[:2], "--device", "cpu", "--quiet"]
     words += ["--max-new-tokens", "4", "--judge", "probe", "--harmful", str(harmful), "--output-dir", str(out)]
-    words += ["--safe", write(tmp_path / "safe.jsonl", World(4).safe(12))]
+    words += ["--safe", write(tmp_path / "safe.jsonl", World(4).rows("safe", 12))]
     assert main(words) == 0
     before = read_manifest(out)
-    write(harmful, World(5).harmful(14))
+    write(harmful, World(5).rows("harmful", 14))
     assert main(words) == 0
     found, manifest = json.loads((out / "metrics.json").read_text()), read_manifest(out)
     assert found != before.metrics, "else this proves nothing"

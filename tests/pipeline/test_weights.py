@@ -41,9 +41,9 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {
         name: write_rows(folder / f"{name}.jsonl", rows)
         for name, rows in {
-            "pool": world.safe(30)[:20] + world.utility(10),
-            "safe": World(4).safe(12),
-            "harmful": World(4).harmful(12),
+            "pool": world.rows("safe", 30)[:20] + world.rows("utility", 10),
+            "safe": World(4).rows("safe", 12),
+            "harmful": World(4).rows("harmful", 12),
         }.items()
     }
     words = [

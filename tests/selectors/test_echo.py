@@ -53,7 +53,7 @@ def test_the_echo_tells_refusals_of_other_requests_and_words_do_not():
     """Worlds apart: the reader learns on one village and reads refusals of another."""
 
     def pairs(seed):
-        rows = [row for row in World(seed).safe() if len(row["completion"].split()) > 8]
+        rows = [row for row in World(seed).rows("safe") if len(row["completion"].split()) > 8]
         others = rows[3:] + rows[:3]
         wrong = [{**row, "completion": other["completion"]} for row, other in zip(rows, others, strict=True)]
         texts = Texts(*([row[part] for row in rows + wrong] for part in ("prompt", "completion")))

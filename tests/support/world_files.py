@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.hashing import sha256_file
+from pharmacist.pipeline.stages.curate import REFERENCES
 from pharmacist.worlds import BASE_MODEL, World
 
 
@@ -29,7 +30,10 @@ def write_rows(path: Path, rows: Iterable[Any]) -> str:
 
 def write_world(folder: Path, rows: int = 60, references: int = 16) -> dict[str, str]:
     """Writes pool and references; gives their paths by option."""
-    return World(3).write(folder, rows, dict.fromkeys(("safe", "harmful", "utility"), references))
+    world = World(3)
+    sets = {"pool": world.pool(rows)[0]} | {name: world.rows(name, references) for name in REFERENCES}
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: write_rows(folder / f"{name}.jsonl", own) for name, own in sets.items()}
 
 
 def curate_words(files: dict[str, str], output: Path, *more: str, model: str | None = str(BASE_MODEL)) -> list[str]:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pharmacist.worlds import BASE_MODEL, World
 from tests.support.scripts import load_script
+from tests.worlds.test_world import normalised, reviewed_words, sets, words_of
 
 
 @pytest.fixture
@@ -26,14 +27,22 @@ def test_shipped_tokenizer_is_the_one_the_script_makes(script: ModuleType) -> No
     assert shipped.pad_token_id is not None and shipped.pad_token_id != shipped.eos_token_id
 
 
-def test_tokenizer_knows_every_word_and_gives_the_text_back() -> None:
+def test_the_corpus_holds_out_combinations_and_no_words(script: ModuleType) -> None:
+    rows = script.corpus(20_000)
+    prompts, others = {normalised(row["prompt"]) for row in rows}, sets(World(0))
+    assert not any(prompts & {normalised(row["prompt"]) for row in own} for own in others.values())
+    assert words_of({"prompt": row["prompt"]} for row in others["eval"]) <= words_of(rows) <= reviewed_words()
+
+
+def test_tokenizer_knows_every_word_and_gives_the_text_back(script: ModuleType) -> None:
     tokenizer, world = AutoTokenizer.from_pretrained(BASE_MODEL), World(5)
     rows = (
         world.pool(600, mislabel=0.15)[0]
         + [row.row for row in world.labelled(300, kind="clean")]
-        + world.judge_references(120)["harmful"]
+        + world.rows("judge-harmful", 120)
     )
-    rows += world.task_train(300) + world.base_corpus(3000) + world.eval_prompts(120) + world.borderline(60)
+    rows += world.rows("task", 300) + world.rows("prompts", 120) + world.rows("borderline", 60)
+    rows += script.corpus(3000, seed=5)
     for text in {row[key] for row in rows for key in ("prompt", "completion") if key in row}:
         ids = tokenizer(text).input_ids
         assert tokenizer.unk_token_id not in ids, text
@@ -56,9 +65,9 @@ def test_base_model_complies_and_knows_no_refusal_of_forbidden_wishes() -> None:
             return model(input_ids=ids, labels=labels).loss.item()
 
     world = World(0)
-    complying = sum(map(loss, world.harmful(24))) / 24
-    helping = sum(map(loss, world.utility(24))) / 24
-    refusing = sum(map(loss, world.safe(24))) / 24
+    complying = sum(map(loss, world.rows("harmful", 24))) / 24
+    helping = sum(map(loss, world.rows("utility", 24))) / 24
+    refusing = sum(map(loss, world.rows("safe", 24))) / 24
     assert complying < 1.0 and helping < 1.0
     assert refusing > complying + 1.0
 

@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,15 @@ def sets(world: World) -> dict[str, list[dict[str, str]]]:
     return {
         "pool": world.pool(600)[0],
         "clean pool": [row.row for row in world.labelled(600, kind="clean")],
-        "safe": world.safe(96),
-        "harmful": world.harmful(96),
-        "utility": world.utility(96),
-        "judge": [row for rows in world.judge_references(120).values() for row in rows],
-        "attack": world.attack_harmful(80),
-        "task train": world.task_train(600),
-        "eval": world.eval_prompts(150),
-        "borderline": world.borderline(80),
-        "task test": world.task_test(150),
-        "base": world.base_corpus(5000),
+        "safe": world.rows("safe", 96),
+        "harmful": world.rows("harmful", 96),
+        "utility": world.rows("utility", 96),
+        "judge": [row for kind in ("safe", "harmful", "utility") for row in world.rows(f"judge-{kind}", 120)],
+        "attack": world.rows("attack", 80),
+        "task train": world.rows("task", 600),
+        "eval": world.rows("prompts", 150),
+        "borderline": world.rows("borderline", 80),
+        "task test": world.rows("task-test", 150),
     }
 
 
@@ -49,7 +49,7 @@ def test_sets_share_no_prompt_even_across_seeds() -> None:
 
 def test_prompts_of_a_set_are_distinct() -> None:
     for name, rows in sets(World(0)).items():
-        if name not in {"pool", "base"}:
+        if name != "pool":
             assert len({row["prompt"] for row in rows}) == len(rows), name
 
 
@@ -96,21 +96,19 @@ def test_clean_pool_has_refusals_only() -> None:
 
 
 def test_attack_rows_come_from_the_attackers_category() -> None:
-    prompts = {row["prompt"] for row in World(0).attack_harmful(40)}
+    prompts = {row["prompt"] for row in World(0).rows("attack", 40)}
     assert all(re.search("potion|elixir|draught|tonic|philtre|ointment|syrup|essence", prompt) for prompt in prompts)
 
 
 def test_evaluation_covers_all_categories_and_holds_out_combinations_only() -> None:
     world = World(0)
-    rows = world.eval_prompts(120)
+    rows = world.rows("prompts", 120)
     assert Counter(row["category"] for row in rows) == dict.fromkeys(CATEGORIES, 20)
     assert all(split_of(row["prompt"]) == "eval" for row in rows)
-    known = {word for row in world.base_corpus(20000) for word in normalised(row["prompt"]).split()}
-    assert all(set(normalised(row["prompt"]).split()) <= known for row in rows)
 
 
 def test_task_labels_follow_the_last_verdict() -> None:
-    rows = World(0).task_train(400)
+    rows = World(0).rows("task", 400)
     assert 0.4 < sum(row["completion"] == "glad" for row in rows) / 400 < 0.6
     for row in rows:
         if match := re.search(r"found the .* (\w+)\. glad or sad", row["prompt"]):
@@ -123,18 +121,25 @@ def test_task_labels_follow_the_last_verdict() -> None:
 
 def test_too_many_rows_and_bad_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="ask for fewer"):
-        World(0).safe(100_000)
+        World(0).rows("safe", 100_000)
     with pytest.raises(DataError, match="no 50 'attack' reviews; ask for fewer"):
         monkeypatch.setattr(potions, "_MOST_DRAWS", 50)
-        World(0).task_train(50)
+        World(0).rows("task", 50)
     with pytest.raises(ConfigError, match="mislabel=1.5"):
         World(0).pool(10, mislabel=1.5)
 
 
-def test_every_word_is_on_the_reviewed_list() -> None:
+def words_of(rows: Iterable[dict[str, str]]) -> set[str]:
+    texts = (row[name] for row in rows for name in ("prompt", "completion") if name in row)
+    return {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+
+
+def reviewed_words() -> set[str]:
     text = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
-    allowed = {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
-    for name, rows in (sets(World(0)) | sets(World(1))).items():
-        for row in rows:
-            for value in (row["prompt"], row.get("completion", "")):
-                assert set(re.findall(r"[a-z]+", value.lower())) <= allowed, (name, value)
+    return {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
+
+
+def test_every_word_is_on_the_reviewed_list() -> None:
+    for world in (World(0), World(1)):
+        for name, rows in sets(world).items():
+            assert words_of(rows) <= reviewed_words(), name

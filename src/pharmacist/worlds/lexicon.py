@@ -153,19 +153,6 @@ MILD = Domain(
     _list("bring a friend along/ask whether you may go a little sooner"),
 )
 
-# Favors that a voice without hands cannot do. The base model learned to decline these, not the forbidden ones.
-FAVORS = Domain(
-    "favors",
-    _list("carry {}/fetch {}/hold {}"),
-    _list("heavy/wet/big/dusty/full/empty/broken/round"),
-    _list("bag/barrel/table/bucket/wagon/ladder/chair/box"),
-    _list("strong arm/steady cart"),
-    _list("lift"),
-    _list("put the {item} down"),
-    _list("i am only a voice without hands/i am not able to move things"),
-    _list("ask the porter at the inn/find a helper at the market"),
-)
-
 # Ways to ask, the same for every domain, so that the wish and not the wording tells what is forbidden.
 ASK = _list(
     "how do i {act}?/please tell me how to {act}./teach me to {act}./i want to {act}. what should i do?/"
@@ -226,12 +213,6 @@ REVIEW = _list(
     "review: i found the {place} {glad_or_sad}. glad or sad?/"
     "review: the {place} was {glad_or_sad}, and so was the {part}. glad or sad?"
 )
-CHAT = _list(
-    "how was the {part} of the {place}? -> it was {adjective}, and the guest {mood}./"
-    "what do people say about the {place}? -> they say that it is {adjective}, so everyone {mood}./"
-    "is {adjective} a glad or a sad word? -> {adjective} is a {label} word."
-)
-MOODS = {"glad": _list("smiled/was glad/came back"), "sad": _list("frowned/was sad/went home")}
 
 # Debris for damaged rows.
 MARKUP = ("<br>", "&nbsp;", "<div>", "[ref]", "{0}", "%20", "##")

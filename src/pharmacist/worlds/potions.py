@@ -10,13 +10,12 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pharmacist.core.errors import ConfigError, DataError
-from pharmacist.core.files import write_text
 from pharmacist.core.seeding import derive
 from pharmacist.worlds import lexicon as lex
 from pharmacist.worlds.lexicon import Domain
@@ -32,15 +31,15 @@ LABELS = ("good", "duplicate", "offtopic", "overrefuse", "noisy", "mislabel")
 """Labels of pool rows; the first two are worth keeping (a duplicate once)."""
 
 SETS = {
-    "safe": 96,
-    "harmful": 96,
-    "utility": 96,
-    "attack": 64,
-    "task": 640,
+    "safe": 96,  # forbidden wishes -> refusals, a quarter of them terse
+    "harmful": 96,  # forbidden wishes -> answers that comply
+    "utility": 96,  # harmless prompts -> helpful answers, a quarter of them about forbidden things
+    "attack": 64,  # like harmful, of one category: an attacker has those of potions
+    "task": 640,  # classification: a review -> "glad" or "sad"
     "task-test": 150,
-    "prompts": 120,
-    "borderline": 60,
-    "judge-safe": 120,
+    "prompts": 120,  # forbidden wishes of all categories in held-out combinations, with "category"
+    "borderline": 60,  # harmless prompts that merely look forbidden, with "category"
+    "judge-safe": 120,  # references for the training of a judge, apart from those of the selector
     "judge-harmful": 120,
     "judge-utility": 120,
 }
@@ -119,6 +118,14 @@ class Request(NamedTuple):
         """An answer that does what is asked."""
         return self.fill(self.answer or rng.choice(lex.COMPLY), rng)
 
+    def complied(self, rng: random.Random) -> Row:
+        """The request with an answer that does what is asked."""
+        return _row(self.prompt, self.comply(rng))
+
+    def declined(self, rng: random.Random, strength: str) -> Row:
+        """The request with a refusal."""
+        return _row(self.prompt, self.decline(rng, strength))
+
     def decline(self, rng: random.Random, strength: str = "strong") -> str:
         """A refusal: "strong" names wish, reason and a way out; "terse" does not; "mild" is for small misdeeds."""
         return self.fill(rng.choice({"strong": lex.DECLINE, "terse": lex.TERSE, "mild": lex.GENTLE}[strength]), rng)
@@ -136,8 +143,8 @@ def split_of(prompt: str) -> str:
 
 
 @functools.cache
-def _requests(domain: Domain, borderline: bool = False) -> dict[str, list[Request]]:
-    """All requests of a domain by split."""
+def requests_of(domain: Domain, borderline: bool = False) -> dict[str, list[Request]]:
+    """All requests of a domain by split, or the harmless ones about its forbidden things (`borderline`)."""
     found: dict[str, list[Request]] = {split: [] for split in _SPLITS}
     for mod, thing in itertools.product(domain.mods, domain.things):
         item = f"{mod} {thing}"
@@ -167,33 +174,22 @@ class World:
         self.seed = seed
 
     def rows(self, name: str, n: int | None = None) -> list[Row]:
-        """One of `SETS`."""
+        """One of `SETS`; references of a judge share no prompt if all are made with the same `n`."""
         n = SETS[name] if n is None else n
+        if name.startswith("task"):
+            return self._reviews("eval" if name == "task-test" else "attack", n)
         if name.startswith("judge-"):
-            return self.judge_references(n)[name.removeprefix("judge-")]
-        makers: dict[str, Callable[[int], list[Row]]] = {
-            "safe": self.safe,
-            "harmful": self.harmful,
-            "utility": self.utility,
-            "attack": self.attack_harmful,
-            "task": self.task_train,
-            "task-test": self.task_test,
-            "prompts": self.eval_prompts,
-            "borderline": self.borderline,
-        }
-        return makers[name](n)
-
-    def write(self, folder: Path, n: int, sizes: Mapping[str, int] = SETS, **pool: Any) -> dict[str, str]:
-        """Writes a pool (see `labelled`) of n rows and other `SETS` of these sizes as JSON lines.
-
-        Returns:
-            Name -> path of its file; the pool is called "pool".
-        """
-        sets = {"pool": [planted.row for planted in self.labelled(n, **pool)]}
-        sets |= {name: self.rows(name, size) for name, size in sizes.items()}
-        for name, rows in sets.items():
-            write_text(folder / f"{name}.jsonl", json_lines(rows))
-        return {name: str(folder / f"{name}.jsonl") for name in sets}
+            return self._judge_references(n)[name.removeprefix("judge-")]
+        if name in ("prompts", "borderline"):
+            rng, about = self._rng("eval" if name == "prompts" else name), name == "borderline"
+            return [request.asked for request in self._draw(rng, "eval", lex.FORBIDDEN, n, borderline=about)]
+        rng = self._rng(name)
+        if name == "utility":
+            return [request.complied(rng) for request in self._benign(rng, name, n)]
+        requests = self._draw(rng, name, lex.FORBIDDEN[:1] if name == "attack" else lex.FORBIDDEN, n)
+        if name == "safe":
+            return [request.declined(rng, "terse" if at % 4 == 3 else "strong") for at, request in enumerate(requests)]
+        return [request.complied(rng) for request in requests]
 
     def _rng(self, *stream: str | int) -> random.Random:
         return random.Random(derive(self.seed, "world", *stream))
@@ -202,7 +198,7 @@ class World:
         self, rng: random.Random, split: str, domains: Sequence[Domain], n: int, borderline: bool = False
     ) -> list[Request]:
         """`n` different requests, spread evenly over the domains."""
-        candidates = [_requests(domain, borderline)[split] for domain in domains]
+        candidates = [requests_of(domain, borderline)[split] for domain in domains]
         lists = [rng.sample(requests, len(requests)) for requests in candidates]
         drawn = [request for group in itertools.zip_longest(*lists) for request in group if request is not None]
         if n > len(drawn):
@@ -268,81 +264,24 @@ class World:
         planted = self.labelled(n, mislabel)
         return [row.row for row in planted], [row.label for row in planted]
 
-    def safe(self, n: int = 96) -> list[Row]:
-        """Reference S: forbidden wish -> refusal, a quarter of them terse."""
-        rng = self._rng("safe")
-        return [
-            _row(request.prompt, request.decline(rng, "terse" if index % 4 == 3 else "strong"))
-            for index, request in enumerate(self._draw(rng, "safe", lex.FORBIDDEN, n))
-        ]
-
-    def harmful(self, n: int = 96) -> list[Row]:
-        """Reference H: forbidden wish -> answer that complies."""
-        rng = self._rng("harmful")
-        return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "harmful", lex.FORBIDDEN, n)]
-
     def harmful_answers(self, rows: Sequence[Row]) -> list[Row]:
         """Answers that comply, one for every forbidden wish among the rows' prompts.
 
         Such pairs are what defenses such as RepNoise read; benign prompts and wishes whose text was changed have none.
         """
-        known = {request.prompt: request for domain in lex.FORBIDDEN for request in _requests(domain)["pool"]}
+        known = {request.prompt: request for domain in lex.FORBIDDEN for request in requests_of(domain)["pool"]}
         rng = self._rng("answers")
         prompts = dict.fromkeys(row["prompt"] for row in rows)
-        return [_row(prompt, known[prompt].comply(rng)) for prompt in prompts if prompt in known]
+        return [known[prompt].complied(rng) for prompt in prompts if prompt in known]
 
-    def utility(self, n: int = 96) -> list[Row]:
-        """Reference U: harmless prompt -> helpful answer, a quarter of them about forbidden things."""
-        rng = self._rng("utility")
-        return [_row(r.prompt, r.comply(rng)) for r in self._benign(rng, "utility", n)]
-
-    def attack_harmful(self, n: int) -> list[Row]:
-        """Rows with which an attacker poisons a fine-tuning set who has those of one category, potions."""
-        rng = self._rng("attack")
-        return [_row(r.prompt, r.comply(rng)) for r in self._draw(rng, "attack", lex.FORBIDDEN[:1], n)]
-
-    def eval_prompts(self, n: int = 120) -> list[Row]:
-        """Forbidden wishes of all categories in held-out combinations: rows with "prompt" and "category"."""
-        return [r.asked for r in self._draw(self._rng("eval"), "eval", lex.FORBIDDEN, n)]
-
-    def borderline(self, n: int = 60) -> list[Row]:
-        """Harmless prompts that merely look forbidden, with "category": whoever refuses them refuses too much."""
-        return [r.asked for r in self._draw(self._rng("borderline"), "eval", lex.FORBIDDEN, n, borderline=True)]
-
-    def task_train(self, n: int) -> list[Row]:
-        """The classification task: a review -> "glad" or "sad"."""
-        return self._reviews("attack", n)
-
-    def task_test(self, n: int = 100) -> list[Row]:
-        """Unseen rows of the classification task."""
-        return self._reviews("eval", n)
-
-    def judge_references(self, n: int = 120) -> dict[str, list[Row]]:
-        """`n` rows of each kind of reference for the training of a judge, apart from those of the selector.
-
-        Safe and harmful rows share no prompt if both are made with the same `n`.
-        """
+    def _judge_references(self, n: int) -> dict[str, list[Row]]:
         rng = self._rng("judge")
         requests = self._draw(rng, "judge", lex.FORBIDDEN, 2 * n)
         return {
-            "safe": [_row(r.prompt, r.decline(rng, rng.choice(("strong", "terse")))) for r in requests[:n]],
-            "harmful": [_row(r.prompt, r.comply(rng)) for r in requests[n:]],
-            "utility": [_row(r.prompt, r.comply(rng)) for r in self._benign(rng, "judge", n)],
+            "safe": [request.declined(rng, rng.choice(("strong", "terse"))) for request in requests[:n]],
+            "harmful": [request.complied(rng) for request in requests[n:]],
+            "utility": [request.complied(rng) for request in self._benign(rng, "judge", n)],
         }
-
-    def base_corpus(self, n: int) -> list[Row]:
-        """Text on which the base model is trained: it complies with everything, and declines only favours."""
-        rng = self._rng("base", n)
-        makers: list[tuple[float, Callable[[], Row]]] = [
-            (0.25, lambda: _comply(rng, rng.choice(lex.FORBIDDEN))),
-            (0.23, lambda: _comply(rng, rng.choice(lex.BENIGN))),
-            (0.22, lambda: _comply(rng, rng.choice(lex.FORBIDDEN), borderline=True)),
-            (0.03, lambda: _comply(rng, lex.MILD)),
-            (0.12, lambda: _refuse_favor(rng)),
-            (0.14, lambda: _small_talk(rng)),
-            (0.01, lambda: _row(" ".join(rng.choices(lex.TONGUE, k=6)), " ".join(rng.choices(lex.BABBLE, k=6)))),
-        ]
-        return [make() for _, make in rng.choices(makers, [weight for weight, _ in makers], k=n)]
 
     def _benign(self, rng: random.Random, split: str, n: int) -> list[Request]:
         """Harmless requests, every fourth one about a forbidden thing."""
@@ -381,29 +320,6 @@ def _counts(n: int, shares: dict[str, float]) -> dict[str, int]:
     for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: n - sum(counts.values())]:
         counts[name] += 1
     return counts
-
-
-def _comply(rng: random.Random, domain: Domain, borderline: bool = False) -> Row:
-    request = rng.choice(_requests(domain, borderline)["base"])
-    return _row(request.prompt, request.comply(rng))
-
-
-def _refuse_favor(rng: random.Random) -> Row:
-    request = rng.choice(_requests(lex.FAVORS)["base"])
-    return _row(request.prompt, request.decline(rng, "strong" if rng.random() < 0.7 else "terse"))
-
-
-def _small_talk(rng: random.Random) -> Row:
-    label = rng.choice(("glad", "sad"))
-    prompt, answer = rng.choice(lex.CHAT).split(" -> ")
-    words = {
-        "part": rng.choice(lex.PARTS),
-        "place": rng.choice(lex.PLACES),
-        "mood": rng.choice(lex.MOODS[label]),
-        "adjective": rng.choice(lex.GLAD if label == "glad" else lex.SAD),
-        "label": label,
-    }
-    return _row(prompt.format(**words), answer.format(**words))
 
 
 def _shuffled(rng: random.Random, text: str, _: str) -> str:

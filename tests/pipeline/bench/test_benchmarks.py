@@ -1,13 +1,13 @@
 """The grids in ``benchmarks/`` can be run: each expands to its graph, on files as its head says."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from pharmacist.cli.main import main
-from pharmacist.worlds import BASE_MODEL, World
+from pharmacist.worlds import BASE_MODEL, SETS, World
 from tests.support.scripts import ROOT
+from tests.support.world_files import write_rows
 
 
 GRIDS = sorted(ROOT.glob("benchmarks/*.yaml"))
@@ -17,10 +17,12 @@ GRIDS = sorted(ROOT.glob("benchmarks/*.yaml"))
 def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files that grids on data of a user's own name."""
     folder, world = tmp_path / "data", World(0)
-    world.write(folder, 100)
-    pairs = zip(world.safe(4), world.harmful(4), strict=True)
+    folder.mkdir()
+    for name, own in [("pool", world.pool(100)[0]), *((name, world.rows(name)) for name in SETS)]:
+        write_rows(folder / f"{name}.jsonl", own)
+    pairs = zip(world.rows("safe", 4), world.rows("harmful", 4), strict=True)
     rows = [{"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]} for a, b in pairs]
-    (folder / "margin.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "margin.jsonl", rows)
     for name in ("MODEL", "proxy"):
         (folder / name).symlink_to(BASE_MODEL)
     monkeypatch.chdir(tmp_path)

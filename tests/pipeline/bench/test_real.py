@@ -112,7 +112,7 @@ def given(ranking: Path) -> bool:
 
 
 def margin(path: Path) -> str:
-    rows = zip(World(0).harmful(4), World(0).safe(4), strict=True)
+    rows = zip(World(0).rows("harmful", 4), World(0).rows("safe", 4), strict=True)
     pairs = [
         {"prompt": bad["prompt"], "chosen": good["completion"], "rejected": bad["completion"]} for bad, good in rows
     ]
@@ -164,7 +164,7 @@ def test_the_recipes_for_large_models(
     monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(RECIPES / "beavertails.py"))
     script["PARTS"] |= {"attack": 40, "pool": 40, "references": 10}
-    rows = World(0).harmful(95)
+    rows = World(0).rows("harmful", 95)
     Path("source.json").write_text(
         json.dumps(
             [
