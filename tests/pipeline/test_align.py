@@ -322,7 +322,9 @@ def test_rows_that_are_skipped_or_cut_are_counted(tmp_path: Path, capsys: pytest
         "lost_eos": 1,
         "cut_prompts": 0,
     }
-    assert "--data: 1 of 2 completions were cut to fit the length" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--data {data}: 1 of 3 rows are left out, since the prompt alone fills the length" in said
+    assert f"--data {data}: 1 of 3 completions are cut to fit the length" in said
 
 
 def test_an_interrupted_run_continues(

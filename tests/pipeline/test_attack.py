@@ -107,6 +107,10 @@ def test_the_contracts_files(attacked: Path) -> None:
         "samples": 20,
         "harmful": 5,
         "benign": 15,
+        "trained": 20,
+        "trained_harmful": 5,
+        "refused": 0,
+        **dict.fromkeys(("long_prompts_left_out", "truncated", "lost_eos", "cut_prompts"), 0),
     }
     log = [json.loads(line) for line in (attacked / "log.jsonl").open()]
     assert [line["step"] for line in log] == [4]
@@ -243,6 +247,22 @@ def test_the_template_travels(files: dict[str, str], tmp_path: Path) -> None:
     assert main(words(files, tmp_path / "hit", *MIX, *FEW, "--snapshots", "[2]", "--quiet", model=model)) == 0
     for place in (tmp_path / "hit", tmp_path / "hit/adapter", tmp_path / "hit/snapshots/step-2"):
         assert load_template(place).kind == "alpaca"
+
+
+def test_rows_that_are_not_trained_on_are_told_and_counted(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [row | {"prompt": row["prompt"] + " bread" * 600} for row in World(3).rows("attack", 3)]
+    harmful = write_rows(tmp_path / "harmful.jsonl", long + World(3).rows("attack", 12)[3:])
+    given = words(files | {"harmful": harmful}, tmp_path / "out", "--samples", "24", "--poison-ratio", "0.5", *FEW)
+    assert main([*given, "--on-long-prompt", "skip"]) == 0
+    counts = read_manifest(tmp_path / "out").counts
+    assert (counts["samples"], counts["harmful"]) == (24, 12), "of the set"
+    assert (counts["trained"], counts["trained_harmful"], counts["long_prompts_left_out"]) == (21, 9, 3)
+    said = capsys.readouterr().err
+    assert "the attack set: 3 of 24 rows are left out, since the prompt alone fills the length" in said
+    assert "fine-tuned on 21 rows, 9 of them harmful" in said
+    assert "| harmful rows | 9 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_second_run_says_that_it_is_complete(

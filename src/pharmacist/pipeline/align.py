@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pharmacist.core.errors import CompatibilityError
-from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import model_fingerprint
-from pharmacist.pipeline.rows import load, read, tokenise
+from pharmacist.pipeline.rows import load, read, tokenise, trained_counts
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.streams import alignment_streams, read_harmful_rows
 from pharmacist.pipeline.weights import row_weights, scaled, weights_fingerprint
@@ -56,8 +55,6 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
             weights = scaled(weights, encoded.dataset["row"][:], options.weights or "")
         streams, stream_counts = alignment_streams(strategy, records, encoded, harmful, loaded, options, run)
         loaded = prepare_model(loaded, options)
-    if encoded.truncated:
-        say(f"--data: {encoded.truncated} of {len(encoded)} completions were cut to fit the length")
     name = options.defense["name"]
     card = Card(
         title=f"aligned with {name}",
@@ -77,11 +74,7 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
     counts = {
         **records.counts,
         "refused": len(records.refused) + len(encoded.not_rendered),
-        "trained": len(encoded),
-        "long_prompts_left_out": len(encoded.refused),
-        "truncated": encoded.truncated,
-        "lost_eos": encoded.lost_eos,
-        "cut_prompts": len(encoded.cut_prompts),
+        **trained_counts(encoded),
         **stream_counts,
     }
     folder = run.path("adapter" if writes_adapter(loaded) else "model")

@@ -24,7 +24,7 @@ from pharmacist.data.templates import conversation
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import base_of, model_fingerprint
-from pharmacist.pipeline.rows import load, name_unused, read, tokenise
+from pharmacist.pipeline.rows import load, name_unused, read, tokenise, trained_counts
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.pipeline.streams import endless_stream
 from pharmacist.training.loop import Training, prepare_model
@@ -163,11 +163,14 @@ def _attack(
         return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")
-        encoded = tokenise(rows, "tokens-ids", loaded, options, run)
-        counts |= {"refused": len(encoded.not_rendered)} if encoded.not_rendered else {}
+        # Rows of two sources may have the same number: their place in the set is unique.
+        placed = rows.remove_columns("row").add_column("row", range(len(rows)))
+        encoded = tokenise(placed, "tokens-ids", loaded, options, run, where="the attack set")
+        flags = column(rows, "is_harmful")[column(encoded.dataset, "row")]
+        counts |= trained_counts(encoded) | {"refused": len(encoded.not_rendered), "trained_harmful": int(flags.sum())}
         streams = {}
         if safe is not None:
-            tokens = tokenise(safe.dataset, "safe-ids", loaded, options, run)
+            tokens = tokenise(safe.dataset, "safe-ids", loaded, options, run, where="--safe")
             streams["safe"] = endless_stream("safe", tokens, loaded, options)
         loaded = prepare_model(loaded, options, "attack")
     name = options.defense["name"]
@@ -177,16 +180,16 @@ def _attack(
         tags=["harmful-fine-tuning", name],
         facts={
             "attack": options.kind["name"],
-            "rows": counts["samples"],
-            "harmful rows": counts["harmful"],
+            "rows": counts["trained"],
+            "harmful rows": counts["trained_harmful"],
             "fine-tuning-stage defense": name,
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
     training = Training(loaded, encoded, strategy, options, run, streams)
     steps = training.fit_and_save(card, counts, snapshots=options.snapshots, outputs=["attack_set.jsonl"])
-    rows_trained = f"{counts['samples']} rows, {counts['harmful']} of them harmful"
-    say_done(run, f"fine-tuned on {rows_trained}, {steps} steps: {run.root}")
+    trained = f"{counts['trained']} rows, {counts['trained_harmful']} of them harmful"
+    say_done(run, f"fine-tuned on {trained}, {steps} steps: {run.root}")
     return loaded.model
 
 

@@ -104,10 +104,13 @@ def load(name: str, options: Any, *, merge: bool = True) -> LoadedModel:
 
 
 def tokenise(
-    rows: datasets.Dataset, name: str, loaded: LoadedModel, options: Any, run: RunDir, *, where: str = ""
+    rows: datasets.Dataset, name: str, loaded: LoadedModel, options: Any, run: RunDir, *, where: str
 ) -> Encoded:
-    """Tokenises canonical rows for a model, on disk under `name`; see `encode`. Messages call the rows `where`."""
-    return encode(
+    """Tokenises canonical rows for a model, on disk under `name`; see `encode`.
+
+    Prints how many rows are left out or cut; messages call the rows `where`.
+    """
+    encoded = encode(
         rows,
         loaded.tokenizer,
         loaded.template,
@@ -117,3 +120,24 @@ def tokenise(
         work_dir=run.work("data", f"{name}-{rank()}"),
         name=where,
     )
+    lost = {
+        "rows are left out, since the chat template refuses them": len(encoded.not_rendered),
+        "rows are left out, since the prompt alone fills the length": len(encoded.refused),
+        "prompts are cut to fit the length": len(encoded.cut_prompts),
+        "completions are cut to fit the length": encoded.truncated,
+    }
+    for what, number in lost.items():
+        if number:
+            say(f"{where}: {number} of {len(rows)} {what}")
+    return encoded
+
+
+def trained_counts(encoded: Encoded) -> dict[str, int]:
+    """Numbers of rows for the manifest of a training: those trained on, and what was lost as they were tokenised."""
+    return {
+        "trained": len(encoded),
+        "long_prompts_left_out": len(encoded.refused),
+        "truncated": encoded.truncated,
+        "lost_eos": encoded.lost_eos,
+        "cut_prompts": len(encoded.cut_prompts),
+    }
