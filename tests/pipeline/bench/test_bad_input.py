@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from pharmacist.cli.main import main
 from pharmacist.core.files import read_json, write_json
@@ -223,3 +224,16 @@ def test_prompts_of_the_evaluation_on_which_an_attack_trains_are_told(
     write_grid(grid, **changes | {"attacks": [{"kind": "benign", "samples": 2}]})
     assert main(line) == 0
     assert capsys.readouterr().err.count("warning") == 1  # it reads no harmful rows
+
+
+def test_prompts_in_a_split_of_a_saved_dataset_are_compared_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"tell of {word}", "completion": "no"} for word in ("moss", "fern")]
+    saved = tmp_path / "saved"
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[1:])}).save_to_disk(saved)
+    evaluate, attack = {"prompts": f"{saved}:test"}, {"harmful": write_rows(tmp_path / "attack.jsonl", rows)}
+    grid = write_grid(tmp_path / "grid.yaml", evaluate=evaluate, attack=attack)
+    assert main(["bench", "--config", str(grid), "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert f"prompts {saved}:test: 1 of 1 rows share a prompt with harmful {attack['harmful']}" in said

@@ -61,8 +61,9 @@ def _pairs(plan: Plan, roles: Mapping[str, str]) -> Iterator[tuple[_Rows, _Rows]
 
 
 def _is_read(spec: str, plan: Plan) -> bool:
-    """Whether rows, maybe in the form ``NAME:FILE``, are on this machine and not of the synthetic world."""
-    return Path(spec) not in plan.data.texts and any(map(os.path.exists, (spec, spec.partition(":")[2])))
+    """Whether rows, maybe as ``NAME:FILE`` or ``FOLDER:SPLIT``, are on this machine and not of the synthetic world."""
+    places = (spec, spec.partition(":")[2], spec.rpartition(":")[0])
+    return Path(spec) not in plan.data.texts and any(map(os.path.exists, places))
 
 
 def _prompt_keys(rows: _Rows) -> npt.NDArray[Any]:
