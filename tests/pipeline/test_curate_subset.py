@@ -12,7 +12,7 @@ import pharmacist as ph
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source
-from pharmacist.pipeline.choosing import changed_by_labels
+from pharmacist.pipeline.choosing import changed_by_labels, shortfall
 from pharmacist.pipeline.curate import SelectOptions, select
 from pharmacist.pipeline.stages.curate import CurateOptions
 from pharmacist.selectors import SELECTORS
@@ -92,6 +92,14 @@ def test_select_chooses_as_the_ranking_was_told_to(files, tmp_path, words):
     # Negative control: without them other rows are on top.
     assert curate(files, tmp_path / "plain", "--selector", "length", "--top", "0.3", "--quiet") == 0
     assert (tmp_path / "plain/selected.jsonl").read_bytes() != (folder / "selected.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("reason", "told"), [("low_quality", True), ("ranked", False)])
+def test_too_few_rows_beside_near_duplicates_are_told_where_more_would_fill(reason, told):
+    table = pd.DataFrame({"reason": ["ranked", "ranked", reason], "selected": [True, False, False]})
+    given = CurateOptions(output_dir="", pool="pool", top_k=2, diversity="near-duplicates")
+    text = "1 rows are selected, not 2: all others are near-duplicates or do not look worth keeping; --fill takes"
+    assert [warning.startswith(text) for warning in shortfall(table, given)] == [True] * told
 
 
 @pytest.mark.parametrize("diversity", ["k-center", "facility-location"])

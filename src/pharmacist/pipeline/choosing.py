@@ -163,8 +163,10 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     if len(bad):
         named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
         return [f"{int(bad.sum())} of the {selected} selected rows are only there to fill the quota: {named}"]
-    if selected < k and not options.fill and options.diversity != "near-duplicates":
-        few = f"{selected} rows are selected, not {k}: no others look worth keeping"
+    if selected < k and not options.fill and not table["reason"].isin(GOOD_REASONS).all():
+        near = options.diversity == "near-duplicates"
+        others = "all others are near-duplicates or do not" if near else "no others"
+        few = f"{selected} rows are selected, not {k}: {others} look worth keeping"
         return [f"{few}; --fill takes the next best all the same"]
     return []
 
