@@ -254,6 +254,15 @@ def test_a_changed_file_is_run_again_with_everything_below(stages: Stages, tmp_p
     assert stages.began() == {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12}
 
 
+def test_synthetic_rows_that_were_changed_are_written_again(stages: Stages, tmp_path: Path) -> None:
+    run(tmp_path, defenses=["sft"])
+    files = {path: path.read_text() for path in (tmp_path / "data").iterdir()}
+    for path in files:
+        path.write_text("{}\n")
+    run(tmp_path, defenses=["sft", "vaccine"])  # the pool is one file for both
+    assert {path: path.read_text() for path in files} == files
+
+
 def test_a_deleted_result_is_made_again_with_everything_below(stages: Stages, tmp_path: Path) -> None:
     found = run(tmp_path / "bench")
     before = results(tmp_path / "bench")

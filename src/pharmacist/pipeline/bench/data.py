@@ -58,19 +58,15 @@ class Data:
 
     def encoder(self, spec: str, where: str) -> Input:
         """The same of an encoder, for which any folder may stand."""
-        name, colon, file = spec.partition(":")
-        folder, _, split = spec.rpartition(":")
         path = Path(os.path.expanduser(spec))
+        (name, _, file), (folder, _, split) = spec.partition(":"), spec.rpartition(":")
         check_ordinary(path, f"{where} {spec}")
-        # Unlike the methods of Path, these raise no error for names that no file system accepts.
-        if os.path.exists(path):
-            return self._local(path, f"{where} {spec}")
-        if colon and os.path.exists(os.path.expanduser(file)):
-            found = self._local(Path(os.path.expanduser(file)), f"{where} {spec}")
-            return Input(f"{name}:{found.source}", f"{name}:{found.content}")
-        if folder and os.path.isdir(os.path.expanduser(folder)):
-            found = self._local(Path(os.path.expanduser(folder)), f"{where} {spec}")
-            return Input(f"{found.source}:{split}", f"{found.content}:{split}")
+        for before, place, after in (("", spec, ""), (f"{name}:", file, ""), ("", folder, f":{split}")):
+            place = os.path.expanduser(place)
+            # Unlike the methods of Path, these raise no error for names that no file system accepts.
+            if os.path.isdir(place) if after else os.path.exists(place):
+                found = self._local(Path(place), f"{where} {spec}")
+                return Input(f"{before}{found.source}{after}", f"{before}{found.content}{after}")
         if path.suffix.lower() in _FILES or spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec):
             raise DataError(f"{where} {spec}: no such file; check the path")
         return Input(spec, f"hub:{spec}")

@@ -125,11 +125,13 @@ class Plan:
     warnings: list[str]
 
     def write(self) -> None:
-        """Writes the rows of the synthetic world that stages read, under a launcher in its first process."""
+        """Writes the rows of the synthetic world that stages read, under a launcher in its first process.
+
+        Files that are there are written again: the stages' keys say what is in them, whoever has changed them since.
+        """
         if rank() == 0:
             for path, text in self.data.texts.items():
-                if not path.is_file():
-                    write_text(path, text)
+                write_text(path, text)
         barrier()
 
     def waiting(self, pattern: str | None = None) -> list[Stage]:

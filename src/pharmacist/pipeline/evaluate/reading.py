@@ -161,7 +161,8 @@ def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[
         found[name] = columns_in(source, {to: column for to, column in pairs.items() if to in usable})
     for to, column in pairs.items():
         if not any(to in own for own in found.values()):
-            unused = f"--columns {to}={column}: no file has a column that it applies to ({', '.join(map(flag, sources))})"
+            files = ", ".join(map(flag, sources))
+            unused = f"--columns {to}={column}: no file has a column that it applies to ({files})"
             if {"answers", "benign_prompts", "task"} & sources.keys():
                 raise ConfigError(unused)
             say(unused)
