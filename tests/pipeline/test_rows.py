@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+import pharmacist as ph
+from pharmacist.core.errors import DataError
 from pharmacist.core.options import RowOptions
 from pharmacist.data.formats import open_source
 from pharmacist.pipeline.rows import read
+from pharmacist.pipeline.stages.align import AlignOptions
+from pharmacist.worlds import BASE_MODEL
 
 
 MAPPED = '{"question": "q", "answer": "a"}\n'
@@ -29,3 +33,29 @@ def test_the_first_readable_row_of_a_reference_decides_by_which_names_it_is_read
     records = read(open_source(tmp_path / "safe.jsonl"), options, tmp_path / "work", usual_names=True)
     assert records.dataset["completion"][:] == answers
     assert ('"kind"' in str(records.dataset["turns"][:])) == ("role" in text)
+
+
+QUICK = {"model": str(BASE_MODEL), "device": "cpu", "train": {"max_steps": 1}, "quiet": True}
+COMMANDS = {
+    "attack": lambda task, harmful, **more: ph.attack(
+        ph.AttackOptions(task=task, harmful=harmful, samples=2, poison_ratio=0.5, build_only=True, **QUICK, **more)
+    ),
+    "align": lambda data, harmful, **more: ph.align(
+        AlignOptions(data=data, harmful=harmful, defense={"name": "booster"}, **QUICK, **more)
+    ),
+    "curate": lambda pool, safe, **more: ph.curate(
+        ph.CurateOptions(pool=pool, safe=[safe], selector={"name": "random"}, device="cpu", quiet=True, **more)
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_columns_apply_to_every_file_that_has_them(command: str, tmp_path: Path) -> None:
+    usual, renamed = str(tmp_path / "usual.jsonl"), str(tmp_path / "renamed.jsonl")
+    Path(usual).write_text('{"prompt": "bake bread", "completion": "with flour"}\n')
+    Path(renamed).write_text('{"question": "cook soup", "answer": "with salt"}\n')
+    more = {"columns": "prompt=question,completion=answer", "output_dir": str(tmp_path / "out")}
+    for first, second in ((renamed, usual), (usual, renamed)):
+        COMMANDS[command](first, second, overwrite=(tmp_path / "out").exists(), **more)
+    with pytest.raises(DataError, match="has no column 'question'"):
+        COMMANDS[command](usual, usual, **more | {"output_dir": str(tmp_path / "none")})

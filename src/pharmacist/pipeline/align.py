@@ -9,7 +9,7 @@ from pharmacist.data.formats import Source, open_source
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import model_fingerprint
-from pharmacist.pipeline.rows import load, read, tokenise, trained_counts
+from pharmacist.pipeline.rows import load, read, tokenise, trained_counts, usual_names
 from pharmacist.pipeline.stages.align import ALIGN, AlignOptions
 from pharmacist.pipeline.streams import alignment_streams, read_harmful_rows
 from pharmacist.pipeline.weights import row_weights, scaled, weights_fingerprint
@@ -43,7 +43,13 @@ def align(options: AlignOptions) -> ModelResult:
 def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: AlignOptions, run: RunDir) -> Any:
     conditions, weights = conditions_of(options.where, sources), None
     with run.phase("read"):
-        records = read(sources["data"], options, run.work("data", "rows"), where=conditions["data"])
+        records = read(
+            sources["data"],
+            options,
+            run.work("data", "rows"),
+            usual_names=usual_names(sources.values(), options),
+            where=conditions["data"],
+        )
         records.announce()
         harmful = read_harmful_rows(sources, records, strategy, options, run)
         if options.weights is not None:

@@ -24,7 +24,7 @@ from pharmacist.data.templates import conversation
 from pharmacist.data.where import conditions_of
 from pharmacist.defenses import DEFENSES
 from pharmacist.nn.models import base_of, model_fingerprint
-from pharmacist.pipeline.rows import load, name_unused, read, tokenise, trained_counts
+from pharmacist.pipeline.rows import load, name_unused, read, tokenise, trained_counts, usual_names
 from pharmacist.pipeline.stages.attack import ATTACK, AttackOptions
 from pharmacist.pipeline.streams import endless_stream
 from pharmacist.training.loop import Training, prepare_model
@@ -134,7 +134,7 @@ def _read(sources: Mapping[str, Source], name: str, options: AttackOptions, run:
         options,
         run.work("data", name),
         harmful=name == "harmful",
-        usual_names=name == "safe",
+        usual_names=usual_names(sources.values(), options),
         where=conditions_of(options.where, chosen)[name],
     )
     records.announce()

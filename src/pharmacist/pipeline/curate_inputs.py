@@ -24,7 +24,7 @@ from pharmacist.evaluation.prompts import category_names
 from pharmacist.nn.devices import resolve_device
 from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.choosing import number_of
-from pharmacist.pipeline.rows import numbered, open_references, read, texts
+from pharmacist.pipeline.rows import numbered, open_references, read, texts, usual_names
 from pharmacist.pipeline.stages.curate import REFERENCES, SPREAD, CurateOptions
 from pharmacist.selectors import SELECTORS
 from pharmacist.selectors.base import FEWEST_REFERENCES, SelectionContext, Selector
@@ -104,6 +104,7 @@ class CurateInputs:
     def _read_rows(self, work: Path) -> None:
         """Reads all rows; references whose prompt occurs in the pool are left out, and counted."""
         conditions = conditions_of(self.options.where, self.sources)
+        by_usual_names = usual_names(self.sources.values(), self.options)
 
         def rows_of(name: str, role: str) -> Records:
             return read(
@@ -111,7 +112,7 @@ class CurateInputs:
                 self.options,
                 work / role,
                 harmful=role.split()[0] == "harmful",
-                usual_names=name != "pool",
+                usual_names=by_usual_names,
                 where=conditions[name],
                 keep=name == "pool",
             )

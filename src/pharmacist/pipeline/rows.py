@@ -81,6 +81,13 @@ def read(
     )
 
 
+def usual_names(sources: Iterable[Source], options: RowOptions) -> bool:
+    """Whether files that lack the columns of ``--columns`` are read by the usual names: where one of them has these."""
+    columns = parse_columns(options.columns) or {}
+    found = (columns_in(source, columns) for source in sources)
+    return any(there and columns.keys() - there.keys() <= OPTIONAL for there in found)
+
+
 def name_unused(options: Any, names: Iterable[str], used: Collection[str], method: str) -> None:
     """Prints which of some options are given although a method does not use them."""
     for name in names:
