@@ -248,8 +248,8 @@ def test_labels_are_compared_with_a_ranking_of_the_same_pool_only(files, tmp_pat
     after = table.assign(selected=~table["selected"])
     resumed = CurateOptions(pool=files["pool"], output_dir="", resume_selector=str(tmp_path / "out"))
     counts = {"entered": int(after["selected"].sum()), "left": int(table["selected"].sum())}
-    assert changed_by_labels(after, resumed, pool) == counts
-    assert changed_by_labels(after, resumed, "another") == {}
+    assert changed_by_labels(after, resumed, None, pool) == counts
+    assert changed_by_labels(after, resumed, None, "another") == {}
     # Without an output folder the files of the current one are nobody's.
     (tmp_path / "labels.json").write_text('[{"row": 0, "label": "good"}, {"row": 1, "label": "harmful"}]')
     monkeypatch.chdir(scores.parent)
@@ -257,7 +257,19 @@ def test_labels_are_compared_with_a_ranking_of_the_same_pool_only(files, tmp_pat
     assert ranking.about["changed"] == {}
     # What cannot be read is made anew.
     scores.write_text("damaged")
-    assert changed_by_labels(after, resumed, pool) == {}
+    assert changed_by_labels(after, resumed, None, pool) == {}
+
+
+def test_rows_that_another_share_selects_are_not_due_to_labels(files, tmp_path):
+    out = tmp_path / "out"
+    assert curate({"pool": files["pool"]}, out, "--selector", "random", "--top", "0.2", "--quiet") == 0
+    manifest, table = json.loads((out / "manifest.json").read_text()), pd.read_parquet(out / "scores.parquet")
+    best, worst = (int(table["row"][table["rank"] == rank].item()) for rank in (1, len(table)))
+    write_labels(tmp_path / "labels.json", manifest["inputs"]["pool"], {best: "harmful", worst: "good"})
+    words = ["--selector", "random", "--top", "0.5", "--quiet", "--labels", str(tmp_path / "labels.json")]
+    assert curate({"pool": files["pool"]}, out, *words) == 0
+    changed = json.loads((out / "manifest.json").read_text())["extra"]["selector_report"]["changed"]
+    assert changed == {"entered": 1, "left": 1}, "the labelled row and the one in its place"
 
 
 def test_labels_that_are_not_there_are_told_in_one_line(files, tmp_path):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from pharmacist.core.console import plain
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, PharmacistError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import say
 from pharmacist.core.typed import AtLeast1, Fraction, Share, checked, hints_of
@@ -75,21 +75,25 @@ def ranked_table(
         table["label"] = [labelled.get(text, "") for text in texts]
     if groups is not None:
         table["group"] = groups.astype(object)
-    chosen = choose(
-        table,
-        None,
-        number_of(options, len(rows)) if options.min_score is None else None,
-        options.min_score,
-        options.diversity,
-        margin=options.diversity_margin,
-        share=options.balance_share if groups is not None else 0.0,
-        points=points,
-        fill=options.fill,
-    )
-    table.loc[chosen, "selected"] = True
+    table.loc[_asked_for(table, options, points), "selected"] = True
     if scores.weight is not None:
         table["weight"] = scaled_to_mean_1(scores.weight, table["selected"].to_numpy())
     return table
+
+
+def _asked_for(table: pd.DataFrame, options: CurateOptions, points: Points | None) -> IntArray:
+    """Positions of the rows to select as the options of `curate` say; see `choose`."""
+    return choose(
+        table,
+        None,
+        number_of(options, len(table)) if options.min_score is None else None,
+        options.min_score,
+        options.diversity,
+        margin=options.diversity_margin,
+        share=options.balance_share if options.balance is not None else 0.0,
+        points=points,
+        fill=options.fill,
+    )
 
 
 def choose(
@@ -163,28 +167,36 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     if len(bad):
         named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
         return [f"{int(bad.sum())} of the {selected} selected rows are only there to fill the quota: {named}"]
-    if selected < k and not options.fill and not table["reason"].isin(GOOD_REASONS).all():
-        near = options.diversity == "near-duplicates"
+    near = options.diversity == "near-duplicates"  # of which too few may be there, however good all are
+    if selected < k and not options.fill and not (near and table["reason"].isin(GOOD_REASONS).all()):
         others = "all others are near-duplicates or do not" if near else "no others"
         few = f"{selected} rows are selected, not {k}: {others} look worth keeping"
         return [f"{few}; --fill takes the next best all the same"]
     return []
 
 
-def changed_by_labels(table: pd.DataFrame, options: CurateOptions, pool: str) -> dict[str, int]:
-    """How many rows entered the selection by the labels and left it, compared with the ranking before.
+def changed_by_labels(
+    table: pd.DataFrame, options: CurateOptions, points: Points | None, pool: str
+) -> dict[str, int]:
+    """How many rows entered the selection by the labels and left it: what would be selected of the ranking before.
 
     That is the one in the output folder, or else that of the resumed selector where it ranked the same pool, which
-    `pool` is the fingerprint of; nothing where there is none that can be read.
+    `pool` is the fingerprint of; nothing where there is none that can be read. Whatever it selected, here its rows are
+    selected as `options` say; `points` are those of `ranked_table`.
     """
     for folder in filter(None, (options.output_dir, options.resume_selector)):
         try:
             if read_manifest(folder).inputs.get("pool") != pool:
                 continue
-            before = read_table(Path(folder) / "scores.parquet", "row", "selected")
-        except DataError:
+            before = read_table(Path(folder) / "scores.parquet", "row", "score", "rank", "reason", "duplicate_of")
+            if not before["row"].equals(table["row"]):
+                continue
+            if "group" in table:
+                before["group"] = table["group"]
+            old = set(_asked_for(before, options, points).tolist())
+        except PharmacistError:
             continue
-        old, new = (set(found.loc[found["selected"], "row"].tolist()) for found in (before, table))
+        new = set(np.flatnonzero(table["selected"]).tolist())
         return {"entered": len(new - old), "left": len(old - new)}
     return {}
 

@@ -178,7 +178,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
         raise DataError(f"{named(pool.row_numbers[bad].tolist())}: the score is not finite; try --dtype float32")
     table = ranked_table(pool, scores, clusters, options, groups, points, context.labels)
     if options.labels is not None:
-        scores.report |= {"changed": changed_by_labels(table, options, run.manifest.inputs["pool"])}
+        scores.report |= {"changed": changed_by_labels(table, options, points, run.manifest.inputs["pool"])}
     for warning in (*scores.warnings, *shortfall(table, options)):
         warn(warning)
     counts = {
