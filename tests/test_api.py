@@ -295,6 +295,13 @@ def test_with_a_folder_all_is_written_and_found_again(model: PreTrainedModel, tm
     assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == scores.metrics
 
 
+def test_a_model_has_the_number_format_that_was_asked_for_from_a_folder_too(tmp_path: Path) -> None:
+    args = TrainingArguments(**STEPS | {"max_steps": 1}, use_cpu=True, bf16=True, report_to="none")
+    for folder in (None, str(tmp_path / "out")):
+        made = ph.align(str(BASE_MODEL), SETS["safe"], args=args, peft_config=LORA, output_dir=folder)
+        assert made.get_base_model().dtype == torch.bfloat16
+
+
 @pytest.mark.usefixtures("untouched")
 def test_full_tuning_continued_adapters_and_repairs(model: PreTrainedModel) -> None:
     whole = ph.align(model, SETS["pool"], args=ARGS, tuning="full")

@@ -371,7 +371,7 @@ def _model_from(stage: Stage, function: Callable[..., Any], arguments: dict[str,
     options = _options(stage, arguments)
     model = stage(options).model
     if model is None or (options.output_dir and not isinstance(options.model, LoadedModel)):
-        return load_model(options.output_dir, device=options.device, merge=False).model
+        return load_model(options.output_dir, device=options.device, dtype=options.dtype, merge=False).model
     return model
 
 

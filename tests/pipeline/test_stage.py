@@ -37,7 +37,7 @@ BREW = Stage(
     costly=("work/**/*.txt",),
     early=("recipe.txt",),
 )
-SOUP = SimpleNamespace(config=SimpleNamespace(salt=1))
+SOUP = SimpleNamespace(identity=lambda: {"salt": 1})
 
 
 def brew(options: BrewOptions, fail: str = "") -> bool:

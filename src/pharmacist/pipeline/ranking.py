@@ -201,8 +201,8 @@ class Ranking:
         with atomic_path(path) as temporary:
             self.table.to_parquet(temporary, index=False)
 
-    def report(self, path: str | Path, labels: list[str] | None = None) -> None:
-        """Writes the HTML report; `labels` are the known labels of the ranked rows of a synthetic pool."""
+    def report(self, path: str | Path) -> None:
+        """Writes the HTML report."""
         # A row has any number of categories. A long pool without any is not read to its end.
         names = map(category_names, self.records.originals({"category", "categories"}))
         first = list(islice(names, _FIRST))
@@ -212,7 +212,6 @@ class Ranking:
             scores=self.table,
             texts=self.records.dataset.select_columns(["prompt", "completion"]),
             manifest=self.manifest,
-            labels=labels,
             categories=[*first, *names] if any(first) else None,
             labelling={"pool": pool, "rows": self.asked(), "labels": LABELS, "known": known},
         )

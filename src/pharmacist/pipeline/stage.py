@@ -92,13 +92,7 @@ class Stage:
             for item in fields(options)
             if item.name in self.unidentifying
         }
-        chosen = {
-            name: {
-                "name": getattr(options, name)["name"],
-                **(method.identity() if hasattr(method, "identity") else vars(method.config)),
-            }
-            for name, method in methods.items()
-        }
+        chosen = {name: {"name": getattr(options, name)["name"], **one.identity()} for name, one in methods.items()}
         return replace(options, **defaults, **chosen)
 
     @contextmanager

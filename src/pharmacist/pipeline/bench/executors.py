@@ -37,7 +37,7 @@ class Local(Executor):
         ran: dict[str, Outcome] = {}
         for stage in waiting:
             parents = [ran[name] for name in stage.parents if name in ran]
-            ran[stage.name] = attempt(stage, _needed(stage, stages), *parents)
+            ran[stage.name] = attempt(stage, stages, *parents)
             yield ran[stage.name]
 
 
