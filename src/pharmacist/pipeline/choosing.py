@@ -175,9 +175,7 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
     return []
 
 
-def changed_by_labels(
-    table: pd.DataFrame, options: CurateOptions, points: Points | None, pool: str
-) -> dict[str, int]:
+def changed_by_labels(table: pd.DataFrame, options: CurateOptions, points: Points | None, pool: str) -> dict[str, int]:
     """How many rows entered the selection by the labels and left it: what would be selected of the ranking before.
 
     That is the one in the output folder, or else that of the resumed selector where it ranked the same pool, which

@@ -82,7 +82,7 @@ def read(
 
 
 def usual_names(sources: Iterable[Source], options: RowOptions) -> bool:
-    """Whether files that lack the columns of ``--columns`` are read by the usual names: where one of them has these."""
+    """Whether files that lack the columns of ``--columns`` are read by the usual names: where another one has them."""
     columns = parse_columns(options.columns) or {}
     found = (columns_in(source, columns) for source in sources)
     return any(there and columns.keys() - there.keys() <= OPTIONAL for there in found)
