@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pharmacist.worlds import BASE_MODEL, World
 from tests.support.scripts import load_script
-from tests.worlds.test_world import normalised, reviewed_words, sets, words_of
+from tests.support.world_sets import normalised, reviewed_words, sets, words_of
 
 
 @pytest.fixture

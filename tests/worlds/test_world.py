@@ -1,33 +1,12 @@
 import re
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.worlds import LABELS, World, potions
 from pharmacist.worlds.potions import CATEGORIES, split_of
-
-
-def sets(world: World) -> dict[str, list[dict[str, str]]]:
-    return {
-        "pool": world.pool(600)[0],
-        "clean pool": [row.row for row in world.labelled(600, kind="clean")],
-        "safe": world.rows("safe", 96),
-        "harmful": world.rows("harmful", 96),
-        "utility": world.rows("utility", 96),
-        "judge": [row for kind in ("safe", "harmful", "utility") for row in world.rows(f"judge-{kind}", 120)],
-        "attack": world.rows("attack", 80),
-        "task train": world.rows("task", 600),
-        "eval": world.rows("prompts", 150),
-        "borderline": world.rows("borderline", 80),
-        "task test": world.rows("task-test", 150),
-    }
-
-
-def normalised(prompt: str) -> str:
-    return " ".join(re.findall(r"[a-z0-9]+", prompt.lower()))
+from tests.support.world_sets import normalised, reviewed_words, sets, words_of
 
 
 def test_same_seed_same_rows_other_seed_other_rows() -> None:
@@ -127,16 +106,6 @@ def test_too_many_rows_and_bad_share_are_refused(monkeypatch: pytest.MonkeyPatch
         World(0).rows("task", 50)
     with pytest.raises(ConfigError, match="mislabel=1.5"):
         World(0).pool(10, mislabel=1.5)
-
-
-def words_of(rows: Iterable[dict[str, str]]) -> set[str]:
-    texts = (row[name] for row in rows for name in ("prompt", "completion") if name in row)
-    return {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
-
-
-def reviewed_words() -> set[str]:
-    text = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
-    return {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
 
 
 def test_every_word_is_on_the_reviewed_list() -> None:
