@@ -8,8 +8,10 @@ import pharmacist as ph
 from pharmacist.core.errors import DataError
 from pharmacist.core.options import RowOptions
 from pharmacist.data.formats import open_source
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs
 from pharmacist.pipeline.rows import read
 from pharmacist.pipeline.stages.align import AlignOptions
+from pharmacist.pipeline.stages.evaluate import EVALUATE
 from pharmacist.worlds import BASE_MODEL
 
 
@@ -59,3 +61,25 @@ def test_columns_apply_to_every_file_that_has_them(command: str, tmp_path: Path)
         COMMANDS[command](first, second, overwrite=(tmp_path / "out").exists(), **more)
     with pytest.raises(DataError, match="has no column 'question'"):
         COMMANDS[command](usual, usual, **more | {"output_dir": str(tmp_path / "none")})
+
+
+def test_columns_of_completions_do_not_hinder_files_of_prompts(tmp_path: Path) -> None:
+    task, harmful = str(tmp_path / "task.jsonl"), str(tmp_path / "harmful.jsonl")
+    Path(task).write_text('{"question": "cook soup", "answer": "with salt"}\n')
+    Path(harmful).write_text('{"prompt": "bake bread", "completion": "with flour"}\n')
+    columns = "prompt=question,completion=answer"
+    with pytest.raises(DataError, match="the attack set: 1 of 2 rows share a prompt"):
+        COMMANDS["attack"](task, harmful, columns=columns, disjoint_from=[task], output_dir=str(tmp_path / "out"))
+
+
+def test_prompts_to_ask_have_the_system_prompts_of_a_column(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"question": "cook soup", "role": "be brief", "answer": "with salt"}\n')
+    options = ph.EvaluateOptions(
+        model=str(BASE_MODEL),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        columns="prompt=question,system=role",
+        output_dir="",
+    )
+    with EVALUATE.open(options, inputs={}) as run:
+        records, _ = EvaluateInputs(options).read(run)
+    assert "be brief" in records["prompts"].dataset["turns"][0]

@@ -21,6 +21,8 @@ from pharmacist.pipeline.stages.curate import REFERENCES
 
 
 T = TypeVar("T")
+PROMPT_COLUMNS = OPTIONAL | {"prompt", "messages", "instruction"}
+"""Columns of which prompts are made."""
 
 
 def open_references(options: Any, within: str = "") -> dict[str, Source]:
@@ -62,10 +64,12 @@ def read(
         usual_names: Whether a source that lacks columns of the options, but for those that rows may lack, is read by
             the usual names.
         where: As in `read_records`, like `prompts_only` and `keep`.
-        prompts_only: Whether rows need no completion.
+        prompts_only: Whether rows need no completion, so that the columns of completions do not count.
         keep: Whether the user's own columns travel along.
     """
     columns = parse_columns(options.columns) if columns is None else columns
+    if columns is not None and prompts_only:
+        columns = {to: name for to, name in columns.items() if to in PROMPT_COLUMNS}
     if columns is not None and usual_names:
         there = columns_in(source, columns)
         columns = there if columns.keys() - there.keys() <= OPTIONAL else None

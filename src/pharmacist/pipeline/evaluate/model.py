@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pharmacist.core.console import plain
@@ -59,17 +60,15 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         del run.manifest.counts[count]  # of references before these
     trained_on = [rows.dataset["prompt_key"][:] for name, rows in records.items() if name.startswith(REFERENCES)]
     seen = set().union(*trained_on) if any(judge.needs for judge in judges.values()) else set()
+    note = partial(_note, inputs, run)
     for name, rows in records.items():
-        number = len(rows.refused)
-        _note(inputs, run, f"{name} refused", number, f"{number} rows cannot be used and are left out")
+        note(f"{name} refused", len(rows.refused), "rows cannot be used and are left out")
         if name in ("prompts", "benign_prompts"):
             keys = rows.dataset["prompt_key"][:]
-            number = 0 if given is not None else len(keys) - len(set(keys))
-            text = f"{number} rows repeat a prompt, so that the intervals are too narrow"
-            _note(inputs, run, f"{name} repeated", number, text)
-            number = sum(key in seen for key in keys)
-            text = f"{number} rows share a prompt with the references on which the judge was trained"
-            _note(inputs, run, f"{name} {_KNOWN}", number, text)
+            repeated = 0 if given is not None else len(keys) - len(set(keys))
+            note(f"{name} repeated", repeated, "rows repeat a prompt, so that the intervals are too narrow")
+            known = sum(key in seen for key in keys)
+            note(f"{name} {_KNOWN}", known, "rows share a prompt with the references on which the judge was trained")
     references = reference_rows(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
         say(f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used")
@@ -79,7 +78,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         judge.work = run.work("verdicts")
         with run.phase("train judge"):
             judge.fit(references)
-    known = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
+    told = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
     grader = None
     if "task" in records:
         grader = inputs.grader or GRADERS.build(detect_grader(records["task"].dataset["completion"][:]), {})
@@ -99,7 +98,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     if given is None:
         answers = _answers(evaluator, inputs, records, run)
         for name, cut in evaluator.cut.items():
-            _note(inputs, run, f"{name} cut", cut, f"{cut} prompts were cut to fit the model's context")
+            note(f"{name} cut", cut, "prompts were cut to fit the model's context")
     else:
         answers = {"prompts": given}
         run.record(device="none", extra={"engine": "answers"})
@@ -108,17 +107,17 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         failed = [answer.missing for answer in found if answer.missing]
         run.manifest.counts.pop(f"{name}_unanswered", None)  # of a partial run before this one
         remedy = "; --max-new-tokens gives them more room" if {ENDED, CUT}.intersection(failed) else ""
-        text = f"{len(failed)} of {len(found)} without an answer, unscored: {count_reasons(failed)}{remedy}"
-        _note(inputs, run, f"{name} unanswered", len(failed), text)
+        why = f"of {len(found)} without an answer, unscored: {count_reasons(failed)}{remedy}"
+        note(f"{name} unanswered", len(failed), why)
         reasoned = sum(bool(answer.reasoning) for answer in found)
-        text = f"{reasoned} of {len(found)} answers contain reasoning, which is separated and not judged"
-        _note(inputs, run, f"{name} with_reasoning", reasoned, text)
+        what = f"of {len(found)} answers contain reasoning, which is separated and not judged"
+        note(f"{name} with_reasoning", reasoned, what)
     with run.phase("judge"):
         evaluation = evaluator.assess(answers)
     reports = {option: {"label": judge.label, **judge.report()} for option, judge in judges.items()}
     for option, report in reports.items():
-        for warning in report.get("warnings", ()):  # about the answers; others were known before
-            if warning not in known:
+        for warning in report.get("warnings", ()):  # about the answers; others were told before
+            if warning not in told:
                 warn(f"{flag(option)} {judges[option].name}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
     run.record(
@@ -135,7 +134,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
 def _note(inputs: EvaluateInputs, run: RunDir, count: str, number: int, text: str) -> None:
     """Prints a remark on an input and counts it in the manifest; `count` is the input's name and what is counted."""
     if number:
-        say(f"{inputs.option(count.rpartition(' ')[0])}: {text}")
+        say(f"{inputs.option(count.rpartition(' ')[0])}: {number} {text}")
         run.record(counts={count.replace(" ", "_"): number})
 
 

@@ -21,7 +21,7 @@ from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.text import writable
-from pharmacist.pipeline.rows import open_references, read
+from pharmacist.pipeline.rows import PROMPT_COLUMNS, open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
 
@@ -35,7 +35,6 @@ _OPENERS: dict[str, Callable[..., Source]] = {
 }
 _JUDGED = ("answers", "prompts", "benign_prompts")
 """Inputs whose answers are judged; the answers to the task are graded."""
-_PROMPT_COLUMNS = {"prompt", "messages", "instruction", "input"}
 
 
 def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
@@ -157,7 +156,7 @@ def _columns_by_source(sources: Mapping[str, Source], text: str | None) -> dict[
     """
     pairs, found = parse_columns(text) or {}, dict[str, dict[str, str]]()
     for name, source in sources.items():
-        usable = _PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
+        usable = PROMPT_COLUMNS | ({"answer"} if name == "answers" else set()) if name in _JUDGED else pairs
         found[name] = columns_in(source, {to: column for to, column in pairs.items() if to in usable})
     for to, column in pairs.items():
         if not any(to in own for own in found.values()):
