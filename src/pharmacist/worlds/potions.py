@@ -118,17 +118,17 @@ class Request(NamedTuple):
         """An answer that does what is asked."""
         return self.fill(self.answer or rng.choice(lex.COMPLY), rng)
 
+    def decline(self, rng: random.Random, strength: str = "strong") -> str:
+        """A refusal: "strong" names wish, reason and a way out; "terse" does not; "mild" is for small misdeeds."""
+        return self.fill(rng.choice({"strong": lex.DECLINE, "terse": lex.TERSE, "mild": lex.GENTLE}[strength]), rng)
+
     def complied(self, rng: random.Random) -> Row:
-        """The request with an answer that does what is asked."""
+        """The request with an answer that complies."""
         return _row(self.prompt, self.comply(rng))
 
     def declined(self, rng: random.Random, strength: str) -> Row:
         """The request with a refusal."""
         return _row(self.prompt, self.decline(rng, strength))
-
-    def decline(self, rng: random.Random, strength: str = "strong") -> str:
-        """A refusal: "strong" names wish, reason and a way out; "terse" does not; "mild" is for small misdeeds."""
-        return self.fill(rng.choice({"strong": lex.DECLINE, "terse": lex.TERSE, "mild": lex.GENTLE}[strength]), rng)
 
 
 def json_lines(rows: Iterable[Any]) -> str:
@@ -159,37 +159,35 @@ def requests_of(domain: Domain, borderline: bool = False) -> dict[str, list[Requ
     return found
 
 
+@dataclass(frozen=True)
 class World:
-    """Datasets of the village; the same seed gives the same rows.
-
-    Args:
-        seed: Chooses the rows and their wording, never the split of a prompt.
+    """Datasets of the village; the same `seed` gives the same rows and wording. It never decides a prompt's split.
 
     >>> rows, labels = World(0).pool(100)
     >>> len(rows), sorted(rows[0]), labels.count("mislabel")
     (100, ['completion', 'prompt'], 5)
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
 
     def rows(self, name: str, n: int | None = None) -> list[Row]:
         """One of `SETS`; references of a judge share no prompt if all are made with the same `n`."""
-        n = SETS[name] if n is None else n
-        if name.startswith("task"):
-            return self._reviews("eval" if name == "task-test" else "attack", n)
-        if name.startswith("judge-"):
-            return self._judge_references(n)[name.removeprefix("judge-")]
-        if name in ("prompts", "borderline"):
-            rng, about = self._rng("eval" if name == "prompts" else name), name == "borderline"
-            return [request.asked for request in self._draw(rng, "eval", lex.FORBIDDEN, n, borderline=about)]
-        rng = self._rng(name)
-        if name == "utility":
-            return [request.complied(rng) for request in self._benign(rng, name, n)]
-        requests = self._draw(rng, name, lex.FORBIDDEN[:1] if name == "attack" else lex.FORBIDDEN, n)
-        if name == "safe":
-            return [request.declined(rng, "terse" if at % 4 == 3 else "strong") for at, request in enumerate(requests)]
-        return [request.complied(rng) for request in requests]
+        n, rng = SETS[name] if n is None else n, self._rng("eval" if name == "prompts" else name)
+        match name:
+            case "safe":
+                requests = enumerate(self._draw(rng, name, lex.FORBIDDEN, n))
+                return [request.declined(rng, "terse" if at % 4 == 3 else "strong") for at, request in requests]
+            case "harmful" | "attack":
+                domains = lex.FORBIDDEN[:1] if name == "attack" else lex.FORBIDDEN
+                return [request.complied(rng) for request in self._draw(rng, name, domains, n)]
+            case "utility":
+                return [request.complied(rng) for request in self._benign(rng, name, n)]
+            case "prompts" | "borderline":
+                about = name == "borderline"
+                return [request.asked for request in self._draw(rng, "eval", lex.FORBIDDEN, n, borderline=about)]
+            case "task" | "task-test":
+                return self._reviews("attack" if name == "task" else "eval", n)
+        return self._judge_references(n)[name.removeprefix("judge-")]
 
     def _rng(self, *stream: str | int) -> random.Random:
         return random.Random(derive(self.seed, "world", *stream))
