@@ -108,7 +108,6 @@ def test_the_contracts_files(attacked: Path) -> None:
         "harmful": 5,
         "benign": 15,
         "trained": 20,
-        "trained_harmful": 5,
         "refused": 0,
         **dict.fromkeys(("long_prompts_left_out", "truncated", "lost_eos", "cut_prompts"), 0),
     }
@@ -258,11 +257,11 @@ def test_rows_that_are_not_trained_on_are_told_and_counted(
     assert main([*given, "--on-long-prompt", "skip"]) == 0
     counts = read_manifest(tmp_path / "out").counts
     assert (counts["samples"], counts["harmful"]) == (24, 12), "of the set"
-    assert (counts["trained"], counts["trained_harmful"], counts["long_prompts_left_out"]) == (21, 9, 3)
+    assert (counts["trained"], counts["long_prompts_left_out"]) == (21, 3)
     said = capsys.readouterr().err
     assert "the attack set: 3 of 24 rows are left out, since the prompt alone fills the length" in said
-    assert "fine-tuned on 21 rows, 9 of them harmful" in said
-    assert "| harmful rows | 9 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "fine-tuned on 24 rows, 12 of them harmful, less 3 that were left out" in said
+    assert "| of these rows left out | 3 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_second_run_says_that_it_is_complete(

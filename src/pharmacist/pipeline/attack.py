@@ -163,33 +163,32 @@ def _attack(
         return None
     with run.phase("load model"):
         loaded = load(options.model, options, merge=options.adapter == "fresh")
-        # Rows of two sources may have the same number: their place in the set is unique.
-        placed = rows.remove_columns("row").add_column("row", range(len(rows)))
-        encoded = tokenise(placed, "tokens-ids", loaded, options, run, where="the attack set")
-        flags = column(rows, "is_harmful")[column(encoded.dataset, "row")]
-        counts |= trained_counts(encoded) | {"refused": len(encoded.not_rendered), "trained_harmful": int(flags.sum())}
+        encoded = tokenise(rows, "tokens-ids", loaded, options, run, where="the attack set")
+        counts |= trained_counts(encoded) | {"refused": len(encoded.not_rendered)}
         streams = {}
         if safe is not None:
             tokens = tokenise(safe.dataset, "safe-ids", loaded, options, run, where="--safe")
             streams["safe"] = endless_stream("safe", tokens, loaded, options)
         loaded = prepare_model(loaded, options, "attack")
-    name = options.defense["name"]
+    name, lost = options.defense["name"], len(rows) - len(encoded)
     card = Card(
         title="after a simulated harmful fine-tuning attack",
         what="The result of a simulated attack, for measuring defenses. It is less safe than its base on purpose.",
         tags=["harmful-fine-tuning", name],
         facts={
             "attack": options.kind["name"],
-            "rows": counts["trained"],
-            "harmful rows": counts["trained_harmful"],
+            "rows": len(rows),
+            "harmful rows": counts["harmful"],
+            **({"of these rows left out": lost} if lost else {}),
             "fine-tuning-stage defense": name,
         },
         intended_use="Research on defenses against harmful fine-tuning. Do not deploy or distribute it.",
     )
     training = Training(loaded, encoded, strategy, options, run, streams)
     steps = training.fit_and_save(card, counts, snapshots=options.snapshots, outputs=["attack_set.jsonl"])
-    trained = f"{counts['trained']} rows, {counts['trained_harmful']} of them harmful"
-    say_done(run, f"fine-tuned on {trained}, {steps} steps: {run.root}")
+    left_out = f", less {lost} that were left out" if lost else ""
+    set_of = f"{len(rows)} rows, {counts['harmful']} of them harmful{left_out}"
+    say_done(run, f"fine-tuned on {set_of}, {steps} steps: {run.root}")
     return loaded.model
 
 
