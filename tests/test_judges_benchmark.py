@@ -128,7 +128,7 @@ def test_a_run_on_the_made_up_world(judges: ModuleType, tmp_path: Path, capsys: 
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     words += ["--labels", str(tmp_path / "labels.json"), "--output-dir", str(tmp_path / "out")]
     for kind in ("safe", "harmful", "utility"):
-        words += [f"--{kind}", write(kind, getattr(world, kind)(48))]
+        words += [f"--{kind}", write(kind, world.rows(kind, 48))]
     judges.main([*words, "--model", str(save_tiny_model(tmp_path / "reader"))])
     frame = pd.read_parquet(tmp_path / "out/judges.parquet")
     assert list(frame["judge"].unique()) == ["keyword", "probe, words", "probe, words + hidden states"]
