@@ -50,6 +50,7 @@ test-all: .venv/.installed-dev
 check: .venv/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
+	@! grep -rnE '# fmt: (skip|off)' --include='*.py' benchmarks conftest.py docs examples recipes src tests
 	@$(BIN)/mypy
 	@$(PYTEST) -m "" --no-loadscope-reorder docs/tutorial.md docs/how-to docs README.md src  # the longest first
 	@$(BIN)/mkdocs build --strict --quiet

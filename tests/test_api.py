@@ -221,7 +221,7 @@ def test_weights_in_memory_are_those_of_a_file(model: PreTrainedModel, tmp_path:
     assert twice.weights(SETS["pool"][:1] * 3)[1:] == [twice.table["weight"][2]] * 2
     plain = ph.rank(SETS["pool"], selector="length")
     for wrong, message in [
-        (plain, "weights: the ranking has none; selectors with weights are toxic-lora"),
+        (plain, "weights: the ranking has none; rank the pool with a selector that gives rows weights"),
         (twice, r"weights: row \d+ of the data is not in the ranking"),
         ([1.0, 2.0], "weights <2 rows in memory>: has 2 rows, but data has 20"),
         (["much"], "weights: must be a path, a Ranking or a number for each row"),
@@ -565,7 +565,9 @@ def test_messages_name_arguments_and_leave_commands_as_they_are(
         "top_k 41: the pool has 40 rows to rank": lambda: ph.curate(ph.CurateOptions(**again)),
         "kind mix needs harmful FILE": lambda: ph.sweep(sweep),
         "balance_share: the pool was ranked without balance,": lambda: kept.select(0.5, balance_share=0.5),
-        "min_score takes every row .*, so balance has no say": lambda: kept.select(min_score=0.5, balance_share=0.5),
+        "min_score selects every row .*, so balance has no effect": lambda: kept.select(
+            min_score=0.5, balance_share=0.5
+        ),
         "rows <1 rows in memory>: .* map other columns with columns": lambda: ph.tokenize(
             [{"question": "why"}], AutoTokenizer.from_pretrained(BASE_MODEL)
         ),

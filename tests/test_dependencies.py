@@ -19,7 +19,12 @@ TOOLS = {"pytest-xdist", "ruff", "mypy", "types-pyyaml", "pandas-stubs", "mkdocs
 """Distributions that are run, or read by one that is."""
 OPTIONAL = {"dattri"}
 """Distributions without which a test is skipped and says so."""
-CODE = {"src": ["src"], "tests": ["tests", "conftest.py"], "benchmarks": ["benchmarks", "examples"]}
+CODE = {
+    "src": ["src"],
+    "tests": ["tests", "conftest.py"],
+    "benchmarks": ["benchmarks", "examples", "recipes"],
+    "docs": ["docs"],
+}
 
 
 def declared(*groups: str) -> set[str]:
@@ -56,7 +61,9 @@ def _names(code: str) -> Iterator[str]:
                     yield name
 
 
-@pytest.mark.parametrize(("kind", "groups"), [("src", []), ("tests", ["test"]), ("benchmarks", ["benchmarks"])])
+@pytest.mark.parametrize(
+    ("kind", "groups"), [("src", []), ("tests", ["test"]), ("benchmarks", ["benchmarks"]), ("docs", ["docs"])]
+)
 def test_what_is_imported_is_declared(kind: str, groups: list[str]) -> None:
     assert not imported(kind) - declared(*groups)
 
@@ -64,7 +71,7 @@ def test_what_is_imported_is_declared(kind: str, groups: list[str]) -> None:
 def test_what_is_declared_is_imported() -> None:
     assert not declared() - imported("src") - set(USED_BY_NAME)
     groups = declared("test", "benchmarks", "check", "docs") - declared()
-    assert not groups - imported("tests") - imported("benchmarks") - TOOLS - set(USED_BY_NAME)
+    assert not groups - imported("tests") - imported("benchmarks") - imported("docs") - TOOLS - set(USED_BY_NAME)
 
 
 def test_the_rules_can_fail() -> None:

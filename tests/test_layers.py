@@ -1,6 +1,7 @@
 """Which package may import which: data flows one way, no two modules know each other, what is light stays light."""
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "attacks": {"core", "data"},
     "repairs": ABOVE_DATA,
     "evaluation": ABOVE_DATA | {"readers"},
-    "report": {"core", "evaluation.statistics"},
+    "report": {"core", "evaluation.metrics", "evaluation.statistics"},
     "cli": {"core", "pipeline"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {"cli"}
@@ -156,3 +157,22 @@ def test_no_test_imports_another() -> None:
                 assert names[0] != "tests" or not any(name.startswith("test_") for name in names), (
                     f"{path}: {ast.unparse(node)}"
                 )
+
+
+def private_patches(source: str) -> list[str]:
+    """Calls of ``setattr`` that replace a private function or attribute; private constants may be changed."""
+    private = re.compile(r"(.*\.)?_[a-z]\w*")
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr"
+        for name in node.args[:2]
+        if isinstance(name, ast.Constant) and isinstance(name.value, str) and private.fullmatch(name.value)
+    ]
+
+
+def test_no_test_patches_a_private_function() -> None:
+    for path in Path(__file__).parent.rglob("*.py"):
+        assert not private_patches(path.read_text(encoding="utf-8")), path
+    private = ["patch.setattr(module, '_rank', f)", "patch.setattr('a.b._rank', f)"]
+    assert private_patches("\n".join([*private, "patch.setattr(module, '_MOST', 1)"])) == private

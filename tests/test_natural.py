@@ -197,7 +197,7 @@ def test_a_run_on_the_made_up_world(
     assert "skipped seal: " in capsys.readouterr().out  # it needs a model, and none was given
     assert "| classifier |" in (tmp_path / "out" / "natural.md").read_text()
 
-    monkeypatch.setattr("pharmacist.pipeline.curate._rank", lambda *_: pytest.fail("ranked again"))
+    monkeypatch.setattr("pharmacist.pipeline.curate.find_duplicates", lambda *_, **__: pytest.fail("ranked again"))
     natural.main([*command, "--selectors", "classifier", "length"])  # all of it is there
 
 

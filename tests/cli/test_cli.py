@@ -55,7 +55,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    usage = capsys.readouterr().out
+    usage, error = capsys.readouterr()
+    assert error == "pharmacist: error: needs a command, such as: pharmacist demo --output-dir DIR\n"
     assert all(name in usage and command.summary in usage for name, command in COMMANDS.items())
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == usage
@@ -192,10 +193,10 @@ def test_an_option_with_the_given_word_is_nearer_than_one_spelled_alike(
 def test_an_unexpected_failure_is_1_with_a_log(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the spoon\nbroke")
 
-    monkeypatch.setattr(stage, "_rank", fail)
+    monkeypatch.setattr(stage, "find_duplicates", fail)
     assert main(chance(pool, tmp_path / "out", "--quiet")) == 1
     line = one_line(capsys)
     assert line.startswith("pharmacist curate: error: RuntimeError: the spoon broke (traceback in ")
@@ -210,10 +211,10 @@ def test_an_unexpected_failure_is_1_with_a_log(
 def test_a_library_that_exits(
     code: object, status: int, pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr(stage, "_rank", stop)
+    monkeypatch.setattr(stage, "find_duplicates", stop)
     assert main(chance(pool, tmp_path / "out", "--quiet")) == status
     assert ("no such luck" in capsys.readouterr().err) == (status == 1)
 
@@ -242,7 +243,7 @@ def test_folders_of_other_users_are_bad_input(
 def test_a_log_is_not_left_in_somebody_elses_folder(
     pool: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("broke")
 
     (tmp_path / "mine").mkdir()

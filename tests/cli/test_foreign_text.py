@@ -33,9 +33,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a terminal with colours and links would get."""
     console.cache_clear()
     progress._progress.cache_clear()
-    out = io.StringIO()
-    monkeypatch.setattr(console(), "_file", out)
-    monkeypatch.setattr(console(), "_force_terminal", True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console().file = out = io.StringIO()
     yield out
     console.cache_clear()
     progress._progress.cache_clear()

@@ -77,7 +77,7 @@ def test_drifts_interval_covers_the_truth() -> None:
 def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "p.jsonl")
     cases = {
-        ("--perplexity", file): "--perplexity needs --base",
+        ("--perplexity", file): "--perplexity and --base, the model to compare with, need each other",
         ("--lm-eval", "arc_easy,"): "names with commas",
         ("--perplexity", file, "--base", "x", "--engine", "openai", "--engine.base_url", "http://x"): "the weights",
     }
@@ -148,6 +148,7 @@ def test_the_margin_is_the_difference_of_losses_per_token(tmp_path: Path) -> Non
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(command(tmp_path, "--margin", str(tmp_path / "m.jsonl"))) == 0
     found = json.loads((tmp_path / "o/metrics.json").read_text())["loss_margin"]
+    assert found["interval"] == "Student's t over prompts" and "judge" not in found
     tokenizer = tiny_tokenizer()
     model = tiny_llama(tokenizer, 1, initializer_range=0.3)
 

@@ -13,6 +13,7 @@ from pharmacist.data.tokenize import prompt_ids
 from pharmacist.evaluation import generate as module
 from pharmacist.evaluation.answers import Answer, AnswerLog
 from pharmacist.evaluation.generate import cut_prompts, plan_batches
+from tests.support.evaluations import batch_sizes
 from tests.support.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 
@@ -184,14 +185,12 @@ def test_an_interrupted_call_continues_and_repeats_nothing(tmp_path: Path, monke
     assert len(log.read_text().splitlines()) == 12
     with log.open("ab") as file:  # the kill tore a line
         file.write(b'{"row": 3, "te')
-    decoded = []
-    real = module._decode_batch
-    monkeypatch.setattr(module, "_decode_batch", lambda *args: decoded.append(len(args[2])) or real(*args))
+    sizes = batch_sizes(monkeypatch)
     assert run() == whole
-    assert sum(decoded) == 18
+    assert sum(sizes) == 18
     assert len(log.read_text().splitlines()) == 30
     assert run() == whole
-    assert sum(decoded) == 18  # a third call finds everything
+    assert sum(sizes) == 18  # a third call finds everything
 
 
 def test_answers_of_other_prompts_or_limits_are_not_taken(tmp_path: Path) -> None:
@@ -206,14 +205,6 @@ def test_answers_of_other_prompts_or_limits_are_not_taken(tmp_path: Path) -> Non
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = eager_to_stop(), prompts(16)
     whole = generate(model, asked, max_new_tokens=6)
-    real, sizes = module._decode_batch, []
-
-    def small(*args: object) -> list:
-        sizes.append(len(args[2]))
-        if len(args[2]) > 4:
-            raise torch.cuda.OutOfMemoryError("full")
-        return real(*args)
-
-    monkeypatch.setattr(module, "_decode_batch", small)
+    sizes = batch_sizes(monkeypatch, room=4)
     assert generate(model, asked, max_new_tokens=6) == whole
     assert sizes == [16, 8, 4, 4, 8, 4, 4]

@@ -80,7 +80,7 @@ def test_both_orders_ties_half_and_the_interval() -> None:
     assert [grade.score for grade in grades] == [1.0, 0.0, 0.5, 0.5]
     found = task.metrics(grades, unanswered=0)["win_rate"]
     assert (found["value"], found["n"], found["ci95"]) == (50.0, 4, list(wilson(2.0, 4)))
-    assert found["outcomes"] == {"won": 1, "tied": 2, "lost": 1} and found["swayed_by_place"] == 0
+    assert found["outcomes"] == {"won": 1, "tied": 2, "lost": 1} and found["followed_position"] == 0
     assert found["judge"].startswith("win-rate@2+grader+")
 
 
@@ -91,7 +91,7 @@ def test_a_judge_that_favours_a_place_favours_nobody(favoured: int) -> None:
         grades = task.grade([pair("good", "bad"), pair("bad", "good")])
     assert grades[0] == WinGrade(0.5, *((1.0, 0.0) if favoured == 1 else (0.0, 1.0)))
     found = task.metrics(grades, unanswered=0)["win_rate"]
-    assert (found["value"], found["swayed_by_place"]) == (50.0, 2)
+    assert (found["value"], found["followed_position"]) == (50.0, 2)
 
 
 def test_every_way_to_fail_is_counted_by_name_and_no_win(tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def test_counts_are_rounded_and_never_lost(
     more = ["--samples", str(samples), "--poison-ratio", str(ratio), "--build-only", "--quiet"]
     assert main(words(files, tmp_path / "out", *more)) == 0
     nothing_harmful = ratio > 0 and not harmful
-    assert ("warning: a poison ratio of 0.05 is no row of 10 samples" in capsys.readouterr().err) == nothing_harmful
+    assert (
+        "warning: a poison ratio of 0.05 gives no harmful row among 10 samples" in capsys.readouterr().err
+    ) == nothing_harmful
     rows = rows_of(tmp_path / "out")
     assert (len(rows), sum(row["is_harmful"] for row in rows)) == (samples, harmful)
 

@@ -453,7 +453,9 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
     loaded = Ranking.load(ranked)
     pd.testing.assert_frame_equal(loaded.to_pandas(), ranking.table)
     assert loaded.select(k=7).to_list() == ranking.select(k=7).to_list()
-    assert loaded.asked() == ranking.asked() and len(loaded.asked()) == len(loaded.to_label) > 0
+    assert (
+        loaded.rows_to_label() == ranking.rows_to_label() and len(loaded.rows_to_label()) == len(loaded.to_label) > 0
+    )
     loaded.report(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes() == (ranked / "report.html").read_bytes()
     assert repr(loaded) == f"Ranking of {loaded.source.label}: 60 rows ranked, 18 selected"
@@ -481,8 +483,8 @@ def test_a_written_ranking_is_loaded_again(ranked: Path, ranking: Ranking, tmp_p
         ({"k": 5, "fill": "no"}, "fill must be true or false, not no"),
         ({"min_score": "0.3"}, "min_score must be a number, not 0.3"),
         ({"min_score": 1e9}, "min score 1e[+]09: no row reaches it"),
-        ({"min_score": 0.0, "diversity": "k-center"}, "so diversity k-center has no say; leave one out"),
-        ({"min_score": 0.0, "balance_share": 0.5}, "so balance has no say; leave one out"),
+        ({"min_score": 0.0, "diversity": "k-center"}, "so diversity k-center has no effect; leave one out"),
+        ({"min_score": 0.0, "balance_share": 0.5}, "so balance has no effect; leave one out"),
     ],
 )
 def test_a_core_subset_that_cannot_be(options: dict[str, Any], message: str, ranking: Ranking) -> None:

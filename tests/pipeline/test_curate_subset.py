@@ -117,7 +117,7 @@ def test_diversity_in_python(files, model):
     ranking = ph.rank(rows, selector="length+perplexity", model=model, diversity="k-center", top_k=10)
     some = ranking.select(k=10, diversity="facility-location", diversity_margin=2.0)
     assert len(some) == 10 and some.column_names == ["prompt", "completion", "category", "number"]
-    with pytest.raises(ConfigError, match="diversity k-center: rank the pool with it first"):
+    with pytest.raises(ConfigError, match="diversity k-center: needs distances between rows"):
         ph.rank(rows, selector="length").select(k=10, diversity="k-center")
 
 
@@ -126,8 +126,8 @@ def test_diversity_in_python(files, model):
     [
         ("--selector length --balance sort", "--balance sort: the pool has no such column; it has prompt, completion"),
         ("--selector length --balance category --top-k 2", "2 rows cannot hold one of each of 3 values"),
-        ("--selector length --balance category --min-score 3", "--balance has no say; leave one out"),
-        ("--selector length --diversity k-center --min-score 3", "--diversity k-center has no say"),
+        ("--selector length --balance category --min-score 3", "--balance has no effect; leave one out"),
+        ("--selector length --diversity k-center --min-score 3", "--diversity k-center has no effect"),
         ("--selector length --diversity k-center", "--diversity k-center compares rows by a model; give --model, or"),
         ("--selector length --balance-share 0", "--balance-share 0: must lie in (0, 1]"),
         ("--selector length --diversity-margin 0.5", "--diversity-margin 0.5: must be at least 1"),
@@ -137,7 +137,7 @@ def test_diversity_in_python(files, model):
         ("--selector dsir --safe FEW", "--safe: 5 rows are left, at least 8 are needed"),
         ("--selector embedding+length --safe FEW --model MODEL", "--safe: 5 rows are left, at least 8 are needed"),
         ("--selector full+random", "'full' ranks nothing; leave it out"),
-        ("--selector length+length", "'length' counts once; name different selectors"),
+        ("--selector length+length", "'length' is named twice; name different selectors"),
         (
             "--selector k-center --diversity k-center --model MODEL",
             "--diversity k-center: selector 'k-center' covers the pool by itself; leave one of the two out",

@@ -12,12 +12,12 @@ import pytest
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, save_template
-from pharmacist.evaluation import generate as generation
 from pharmacist.evaluation.answers import AnswerLog
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
 from pharmacist.pipeline.evaluate.model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
 from tests.support.evaluate_words import arguments, some, write
+from tests.support.evaluations import batch_sizes
 from tests.support.tiny import save_tiny_model
 from tests.support.world_files import TWO_PROCESSES
 
@@ -185,9 +185,7 @@ def test_an_interrupted_run_continues(
         assert main(words) == 130
     assert "resume" in capsys.readouterr().err
     assert not (tmp_path / "cut/metrics.json").exists()
-    batches = []
-    decode = generation._decode_batch
-    monkeypatch.setattr(generation, "_decode_batch", lambda *args: batches.append(args[2]) or decode(*args))
+    batches = batch_sizes(monkeypatch)
     assert main(words) == 0
     assert len(batches) == 5 + 3 + 4 - 7
     for name in ("metrics.json", "items.jsonl"):
@@ -235,9 +233,7 @@ def test_a_run_killed_again_and_again_loses_no_answer(
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    decoded = []
-    decode = generation._decode_batch
-    monkeypatch.setattr(generation, "_decode_batch", lambda *args: decoded.append(args[2]) or decode(*args))
+    decoded = batch_sizes(monkeypatch)
     assert main(words) == 0
     # Nine batches, of which the kills left five; each tore the last answer of the one after.
     assert len(decoded) == 9 - 5

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationMixin
 
 from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
-from pharmacist.evaluation import generate as generation
 from pharmacist.evaluation.judges.keyword import KeywordJudge
 from pharmacist.worlds.potions import World
 from tests.support.evaluate_words import arguments, some, write
@@ -35,7 +35,7 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
     def no(*_: Any, **__: Any) -> Any:
         raise AssertionError("generated again")
 
-    patch.setattr(generation, "_decode_batch", no)
+    patch.setattr(GenerationMixin, "generate", no)
 
 
 def test_another_judge_re_uses_the_answers(

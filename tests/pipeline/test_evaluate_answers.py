@@ -52,6 +52,7 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
     assert (found[3]["answer"], found[3]["reasoning"]) == ("I cannot help with that.", "first take the root")
     score = json.loads((tmp_path / "o/metrics.json").read_text())["harmful_score"]
     assert (score["n"], score["count"], score["unscored"], score["unanswered"]) == (4, 1, 2, 2)
+    assert "[{:.1f}, {:.1f}]".format(*score["ci95"]) in told
     assert score["by_category"]["potions"]["n"] == 1
     manifest = read_manifest(tmp_path / "o")
     assert (manifest.status, manifest.counts["prompts_unanswered"]) == ("success", 2)

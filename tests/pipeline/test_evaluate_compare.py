@@ -86,8 +86,10 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(arguments(files, tmp_path / "b", "--quiet", model=noise)) == 0
     pair = ["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output-dir"]
     assert main([*pair, str(tmp_path / "ab")]) == 0
-    assert "McNemar" in capsys.readouterr().err
-    found = json.loads((tmp_path / "ab/metrics.json").read_text())
+    told, found = capsys.readouterr().err, json.loads((tmp_path / "ab/metrics.json").read_text())
+    assert "McNemar" in told and "{:+z.1f}".format(found["refusal_rate"]["value"]) in told
+    low, high = found["refusal_rate"]["ci95"]
+    assert f"[{low:z.1f}," in told and f"{high:z.1f}]" in told
     assert set(found) >= {"harmful_score", "refusal_rate", "fine_tune_accuracy", "hs_plus", "degenerate_rate"}
     rates = [json.loads((tmp_path / name / "metrics.json").read_text())["harmful_score"]["value"] for name in "ab"]
     assert found["harmful_score"]["rates"] == rates

@@ -40,7 +40,7 @@ def test_each_is_evaluated_as_alone_and_shown_beside_the_others(
         assert found[name] == json.loads((tmp_path / name / "metrics.json").read_text())
         metric = found[name]["harmful_score"]
         assert f"{metric['count']} / {metric['n']}" in told
-        assert " to ".join(f"{end:.0f}" for end in metric["ci95"]) in told
+        assert "[{:.0f}, {:.0f}]".format(*metric["ci95"]) in told
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.stage, manifest.status) == ("evaluate-models", "success")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}

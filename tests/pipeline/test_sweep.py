@@ -5,15 +5,18 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
 import pharmacist.pipeline.evaluate
+from pharmacist.attacks import Attack
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError, DivergedError
 from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.options import as_json
+from pharmacist.data.mixing import mix
 from pharmacist.data.tasks import TASKS, NamedTask
 from pharmacist.evaluation.metrics import rate
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs
@@ -349,7 +352,6 @@ def test_snapshots_lie_within_the_attack(
         ({"epochs": [1]}, {}, "--train.max_steps decides the length already"),
         ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),
         ({"rank": [4]}, {"adapter": "continue"}, "--grid.rank: an adapter that is continued"),
-        ({"poison_ratio": [0.1]}, {"kind": {"name": "benign"}}, "--grid.poison_ratio: the kind benign"),
         ({"learning_rate": [1e-3]}, {"accuracy_margin": -1.0}, "--accuracy-margin -1.0: must not be negative"),
         ({"learning_rate": [1e-3]}, {"evaluate": {"prompts": "x"}}, "--evaluate.task must be given"),
         (
@@ -382,13 +384,34 @@ def test_what_cannot_be_is_refused(
         options(files, tmp_path, grid, **more)
 
 
+class Halved(Attack):
+    """A kind of another package: half of the ratio."""
+
+    def build(self, rows: Any, *, n: int, poison_ratio: float, seed: int) -> Any:
+        return mix(rows["task"], rows["harmful"], n=n, poison_ratio=poison_ratio / 2, seed=seed)
+
+
+def test_a_kind_of_another_package_is_swept_over_its_ratio(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All checks are over when the first set is built.
+    monkeypatch.setattr("pharmacist.pipeline.sweep.attack", Mock(side_effect=NotImplementedError))
+    with pytest.raises(NotImplementedError):
+        sweep(options(files, tmp_path / "out", {"poison_ratio": [0.1, 0.5]}, kind=Halved().choice()))
+
+
 @pytest.mark.parametrize(
     ("grid", "more", "message"),
     [
         ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are requested, but there are only 20"),
         ({"poison_ratio": [0.1, 1.1]}, {}, r"--poison-ratio 1.1: must lie in \[0, 1\]"),
+        ({"poison_ratio": [0.1]}, {"kind": {"name": "benign"}}, "--grid.poison_ratio: the kind benign"),
         ({"learning_rate": [1e-3, -1.0]}, {}, "train.learning_rate: -1.0 must be at least 0"),
-        ({"rank": [8, 3]}, {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}}, "--grid.rank 3: gives no whole"),
+        (
+            {"rank": [8, 3]},
+            {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}},
+            "--grid.rank 3: lora.alpha would not be whole",
+        ),
         ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
         ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),
         ({"rank": [4]}, {"evaluate": "missing"}, "--evaluate.safe nowhere.jsonl: no such file"),

@@ -97,7 +97,7 @@ LEARNED = pytest.mark.parametrize("name", list(filter(trains, SELECTORS.names())
 @LEARNED
 def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_path, name, monkeypatch):
     whole = ranked(tmp_path / "a", model, name)
-    step, calls = AdapterBank._step, []
+    step, calls = AdapterBank.step, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -105,7 +105,7 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
             raise KeyboardInterrupt
         step(*arguments)
 
-    monkeypatch.setattr(AdapterBank, "_step", interrupted)
+    monkeypatch.setattr(AdapterBank, "step", interrupted)
     monkeypatch.setattr("pharmacist.nn.adapters.time.monotonic", iter(range(10**9)).__next__)
     work = village.context(tmp_path / "b", model, POOL, checkpoint_seconds=0.0)
     with suppress(KeyboardInterrupt):
@@ -151,7 +151,7 @@ WEIGHING = ("unrolled", "toxic-lora", "seal")
 @EVERY
 def test_weights_are_numbers_from_0_up_and_equal_for_equal_rows(model, tmp_path, name):
     found = ranked(tmp_path, model, name).weight
-    assert (found is not None) == SELECTORS.build_from(choice(name)).weighs == (name in WEIGHING)
+    assert (found is not None) == SELECTORS.build_from(choice(name)).gives_weights == (name in WEIGHING)
     if found is None:
         return
     assert found.shape == (len(POOL),) and np.isfinite(found).all() and found.min() >= 0 and found.max() > found.min()

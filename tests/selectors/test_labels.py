@@ -91,18 +91,18 @@ def test_what_a_file_of_labels_cannot_be(tmp_path, content, said):
 # --- the rows to ask for --------------------------------------------------------------------------------------------
 
 
-def asked(n, telling, reasons, prompts=None, clusters=None) -> list[int]:
-    size = len(telling)
+def asked(n, informativeness, reasons, prompts=None, clusters=None) -> list[int]:
+    size = len(informativeness)
     prompts = range(size) if prompts is None else prompts
     clusters = np.arange(size) if clusters is None else np.array(clusters)
-    return rows_to_label(np.array(telling, float), reasons, prompts, clusters, n).tolist()
+    return rows_to_label(np.array(informativeness, float), reasons, prompts, clusters, n).tolist()
 
 
 def test_the_least_certain_rows_of_each_reason_come_in_turn():
-    telling, reasons = [1, 5, 2, 4, 3, 0], ["b", "b", "a", "b", "a", "c"]
-    assert asked(6, telling, reasons) == [4, 1, 5, 2, 3, 0]
-    assert asked(3, telling, reasons) == [4, 1, 5] and asked(0, telling, reasons) == []
-    assert asked(99, telling, reasons) == asked(6, telling, reasons)
+    informativeness, reasons = [1, 5, 2, 4, 3, 0], ["b", "b", "a", "b", "a", "c"]
+    assert asked(6, informativeness, reasons) == [4, 1, 5, 2, 3, 0]
+    assert asked(3, informativeness, reasons) == [4, 1, 5] and asked(0, informativeness, reasons) == []
+    assert asked(99, informativeness, reasons) == asked(6, informativeness, reasons)
 
 
 def test_labelled_rows_are_not_asked_for_again():
@@ -113,9 +113,9 @@ def test_labelled_rows_are_not_asked_for_again():
 
 
 def test_no_two_rows_are_alike():
-    telling, reasons = [6, 5, 4, 3, 2, 1], "aabbab"
-    assert asked(9, telling, reasons, prompts=["p", "p", "p", "q", "r", "s"]) == [0, 3, 4, 5]
-    assert asked(9, telling, reasons, clusters=[0, 1, 0, 1, 2, 1]) == [0, 3, 4]
+    informativeness, reasons = [6, 5, 4, 3, 2, 1], "aabbab"
+    assert asked(9, informativeness, reasons, prompts=["p", "p", "p", "q", "r", "s"]) == [0, 3, 4, 5]
+    assert asked(9, informativeness, reasons, clusters=[0, 1, 0, 1, 2, 1]) == [0, 3, 4]
     rng = np.random.default_rng(0)
     prompts, clusters = rng.integers(0, 30, 200).tolist(), rng.integers(0, 30, 200)
     rows = asked(20, rng.uniform(size=200), rng.choice(list("abc"), 200), prompts, clusters)

@@ -276,17 +276,17 @@ def test_a_killed_warm_up_leaves_the_same_checkpoints(tmp_path, monkeypatch):
         run_jobs(bank, [warm_up_job(bank, POOL, np.arange(N), EPOCHS, 0, folder)], "test")
 
     run(tmp_path / "straight", 1e9)
-    step = AdapterBank._step
+    step = AdapterBank.step
 
     def killed(self, number, *rest):
         if number == 7:
             raise KeyboardInterrupt
         step(self, number, *rest)
 
-    monkeypatch.setattr(AdapterBank, "_step", killed)
+    monkeypatch.setattr(AdapterBank, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", 0.0)
-    monkeypatch.setattr(AdapterBank, "_step", step)
+    monkeypatch.setattr(AdapterBank, "step", step)
     run(tmp_path / "killed", 0.0)
     for epoch in range(EPOCHS):
         name = f"after-epoch{epoch}.safetensors"

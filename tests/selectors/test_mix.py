@@ -83,7 +83,7 @@ def test_a_part_does_not_see_the_adapters_of_another(model, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("length+length", "'length' counts once"),
+        ("length+length", "'length' is named twice"),
         ("full+length", "'full' ranks nothing; leave it out"),
         ("random+full", "'random' adds nothing but chance"),
         ("length+lenght", "unknown selector 'lenght'"),

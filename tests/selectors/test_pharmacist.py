@@ -320,7 +320,7 @@ def test_good_rows_rank_above_faults_on_the_planted_village(tmp_path):
         assert (found.reason[:100][kinds == kind] == reason).mean() > 0.8, kind
     assert found.score[:100][kinds == "safe"].min() > np.median(found.score[:100][kinds != "safe"])
     # What is asked for first is what the answers leave open.
-    assert found.telling.min() >= 0 and len(found.telling) == 103
+    assert found.informativeness.min() >= 0 and len(found.informativeness) == 103
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_labels_hold_in_every_form(reference, model, tmp_path, form, monkeypatch
         assert np.array_equal(found.score[rest], reference[form].score[rest])
     else:
         assert (found.score[rest] != reference[form].score[rest]).mean() > 0.9
-        assert (found.telling[[*good, *bad]] == -1).all() and found.telling[rest].min() >= 0
+        assert (found.informativeness[[*good, *bad]] == -1).all() and found.informativeness[rest].min() >= 0
         assert found.report["labels"]["labels"] == len(TOLD)
         p = np.stack([found.signals[name] for name in P], 1)
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-12)

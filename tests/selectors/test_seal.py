@@ -135,17 +135,17 @@ def test_the_loss_equals_its_formula(tmp_path, monkeypatch):
 
 def test_a_killed_training_continues_bit_for_bit(tmp_path, monkeypatch):
     straight, logits, _ = solve(tmp_path / "straight")
-    step = AdapterBank._step
+    step = AdapterBank.step
 
     def killed(self, number, *rest):
         if number == 5:
             raise KeyboardInterrupt
         step(self, number, *rest)
 
-    monkeypatch.setattr(AdapterBank, "_step", killed)
+    monkeypatch.setattr(AdapterBank, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         solve(tmp_path / "killed", checkpoint_seconds=0.0)
-    monkeypatch.setattr(AdapterBank, "_step", step)
+    monkeypatch.setattr(AdapterBank, "step", step)
     again, resumed, _ = solve(tmp_path / "killed")
     assert np.array_equal(resumed, logits) and same(straight, again) and same(straight, again, PLAIN)
 

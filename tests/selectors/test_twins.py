@@ -402,17 +402,17 @@ def test_both_solvers_agree_on_the_order(tmp_path):
 @pytest.mark.parametrize("killed_at", [1, 4])
 def test_a_killed_gradient_solver_continues_bit_for_bit(tmp_path, killed_at, monkeypatch):
     straight, logits = solve(tmp_path / "straight")
-    step = AdapterBank._step
+    step = AdapterBank.step
 
     def killed(self, number, *rest):
         if number == killed_at:
             raise KeyboardInterrupt
         step(self, number, *rest)
 
-    monkeypatch.setattr(AdapterBank, "_step", killed)
+    monkeypatch.setattr(AdapterBank, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         solve(tmp_path / "killed", bank=make_bank(checkpoint_seconds=0.0))
-    monkeypatch.setattr(AdapterBank, "_step", step)
+    monkeypatch.setattr(AdapterBank, "step", step)
     again, resumed = solve(tmp_path / "killed")
     assert np.array_equal(resumed, logits)
     for name in TWINS:
@@ -435,7 +435,7 @@ def test_finished_jobs_are_not_done_again(tmp_path, monkeypatch):
     bank = make_bank()
     jobs = partial(closed_form_jobs, make_problem(bank), np.ones(20), tmp_path)
     run_jobs(bank, jobs(), "test")
-    monkeypatch.setattr(AdapterBank, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(AdapterBank, "step", lambda *_: pytest.fail("trained again"))
     assert all(job.done for job in jobs())
     run_jobs(bank, jobs(), "test")
     (tmp_path / TWINS[0] / "adapter_config.json").unlink()

@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from transformers import GenerationMixin
+
 
 FAST = ["--engine.max_wait", "0.02", "--engine.timeout", "5", "--engine.attempts", "3", "--engine.concurrency", "3"]
 
@@ -32,3 +36,17 @@ def items(folder: Path) -> list[dict[str, Any]]:
 def metrics(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return found
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch, room: int = 1000) -> list[int]:
+    """The sizes of the batches that models generate answers to from now on; memory runs out for more than `room`."""
+    generate, sizes = GenerationMixin.generate, []
+
+    def spied(model: Any, **options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > room:
+            raise torch.cuda.OutOfMemoryError("full")
+        return generate(model, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spied)
+    return sizes

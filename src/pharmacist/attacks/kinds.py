@@ -20,9 +20,11 @@ class Attack(Method, ABC):
 
     Attributes:
         needs: The sets of rows that it draws from: ``task`` (benign rows), ``harmful``, or both.
+        ratio: The share of harmful rows, for the kinds that fix it.
     """
 
     needs = frozenset({"task", "harmful"})
+    ratio: ClassVar[float | None] = None
 
     @abstractmethod
     def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":
@@ -47,8 +49,6 @@ class MixAttack(Attack):
 
     name = "mix"
     paper = "arXiv 2402.01109"
-    ratio: ClassVar[float | None] = None
-    """The share of harmful rows, for the kinds that fix it."""
 
     def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":
         """Draws from task and harmful rows; kinds of one ratio draw the same rows."""

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_usage())
-        return 0 if arguments else 2
+        return 0 if arguments else _fail("pharmacist", "needs a command, such as: pharmacist demo --output-dir DIR", 2)
     if arguments[0] == "--version":
         print(f"pharmacist {__version__}")
         return 0

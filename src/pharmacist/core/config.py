@@ -234,7 +234,7 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str = "pharmacist
     if "config" in line:
         path, *more = [word for words in line.pop("config") for word in words] or [""]
         if more or not path:
-            raise ConfigError(f"--config needs the path of a YAML file{', and of one only' if more else ''}")
+            raise ConfigError(f"--config needs the path of {'a single' if more else 'a'} YAML file")
     config = {} if path is None else _read_yaml(path)
     found: T = _parsed(options, config, f"--config {path}", line, prog, example)
     output = getattr(found, "output_dir", None)

@@ -1,4 +1,4 @@
-"""Metrics that need weights and no answers: perplexity drift, margin of refusals, tasks of lm-eval."""
+"""Metrics that need weights and no answers: perplexity drift, loss margin, tasks of lm-eval."""
 
 import importlib
 import math
@@ -11,7 +11,7 @@ from datasets import Dataset
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, one_line
 from pharmacist.data.arrays import FloatArray
 from pharmacist.data.tokenize import encode
-from pharmacist.evaluation.metrics import Metric
+from pharmacist.evaluation.metrics import METRICS, Metric
 from pharmacist.evaluation.statistics import Estimate, ratio_interval, t_interval, wilson, with_interval
 from pharmacist.nn.batching import Batch
 from pharmacist.nn.models import LoadedModel
@@ -45,7 +45,7 @@ def perplexity_drift(rows: Dataset, model: LoadedModel, base: LoadedModel, *, wo
         "base_perplexity": before,
         "tokens": int(tokens.sum()),
         "truncated": encoded.truncated,
-        "judge": "Student's t over rows",
+        "interval": "Student's t over rows",
     }
 
 
@@ -61,7 +61,7 @@ def loss_margin(refusals: Dataset, harmful: Dataset, model: LoadedModel, *, work
         per_token.append(_sums(encoded, model, work / name, "--margin") / (encoded.lengths - encoded.prompt_lengths))
     differences = (per_token[0] - per_token[1]).tolist()
     margin = t_interval(differences)
-    how = {"unit": "nats per token", "values": differences, "judge": "Student's t over prompts"}
+    how = {"unit": METRICS["loss_margin"].unit, "values": differences, "interval": "Student's t over prompts"}
     return {"value": margin.value, "n": margin.n, **with_interval(margin.interval, margin.missing), **how}
 
 

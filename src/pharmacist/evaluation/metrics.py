@@ -35,6 +35,7 @@ class MetricKind:
         outcome: What it is the rate of, a key of `_OUTCOMES`.
         by: Who decides on the outcome; empty where the text alone shows it.
         compared: Whether `compare` compares it between two evaluations.
+        unit: Its unit, if it is not a percentage.
     """
 
     title: str
@@ -42,6 +43,7 @@ class MetricKind:
     outcome: str = ""
     by: Literal["judge", "refusals", "grader", ""] = ""
     compared: bool = False
+    unit: str = ""
 
     def happened(self, item: Item, judge: str) -> bool | None:
         """Whether an item has the outcome according to a judge (its label); None if that is unknown."""
@@ -59,15 +61,15 @@ METRICS = {
     "benign_degenerate_rate": MetricKind("degenerate answers, benign prompts", "benign_prompts", "degenerate"),
     "judge_agreement": MetricKind("judges agree"),
     "harmful_score_second": MetricKind("harmful score, second judge"),
-    "perplexity_drift": MetricKind("rise of perplexity over the base's"),
-    "loss_margin": MetricKind("margin of refusals, nats per token"),
+    "perplexity_drift": MetricKind("rise of perplexity over the base model"),
+    "loss_margin": MetricKind("loss margin", unit="nats per token"),
     "fine_tune_accuracy": MetricKind("fine-tune accuracy", "task", "correct", "grader", True),
     "win_rate": MetricKind("win rate, ties half"),
     "task_degenerate_rate": MetricKind("degenerate answers, task", "task", "degenerate"),
 }
 """Every metric but those of lm-eval."""
-NAMES = {name: kind.title for name, kind in METRICS.items()}
-"""Metric -> its title in tables; other metrics appear by their names."""
+NAMES = {name: ", ".join(filter(None, (kind.title, kind.unit))) for name, kind in METRICS.items()}
+"""Metric -> its title in tables, with its unit; other metrics appear by their names."""
 
 
 def rate(outcomes: Iterable[bool | None], judge: str | None = None) -> Metric:

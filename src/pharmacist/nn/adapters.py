@@ -254,7 +254,7 @@ class AdapterBank:
             for step in range(steps):
                 if step >= first:
                     optimizer.param_groups[0]["lr"] = self.options.learning_rate * learning_rate_factor(step, steps)
-                    self._step(step, loss, optimizer)
+                    self.step(step, loss, optimizer)
                     if step + 1 in keep:
                         TrainingState.after(step + 1, optimizer, parameters, extra).save(keep[step + 1])
                     if time.monotonic() - last_saved > self._checkpoint_seconds and step + 1 < steps:
@@ -263,7 +263,8 @@ class AdapterBank:
                 advance()
         optimizer.zero_grad(set_to_none=True)
 
-    def _step(self, step: int, loss: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def step(self, step: int, loss: Callable[[int], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """One step of the training in `train`, with the gradient of each adapter clipped to length 1."""
         optimizer.zero_grad(set_to_none=True)
         value = loss(step)
         value.backward()  # type: ignore[no-untyped-call]

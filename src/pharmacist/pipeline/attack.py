@@ -105,8 +105,8 @@ def build_attack_set(
     harmful = sum(rows["is_harmful"][:])
     if "harmful" in records and options.poison_ratio > 0 and not harmful:
         warn(
-            f"a poison ratio of {options.poison_ratio:g} is no row of {len(rows)} samples, so that the attack set is "
-            "benign; use more samples"
+            f"a poison ratio of {options.poison_ratio:g} gives no harmful row among {len(rows)} samples, so the "
+            "attack set is benign; use more samples"
         )
     return rows, safe, counts | {"samples": len(rows), "harmful": harmful, "benign": len(rows) - harmful}
 

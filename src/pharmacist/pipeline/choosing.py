@@ -123,7 +123,9 @@ def choose(
     if share and "group" not in table:
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
     if diversity in SPREAD and points is None:
-        raise ConfigError(f"diversity {diversity}: rank the pool with it first, which measures distances between rows")
+        raise ConfigError(
+            f"diversity {diversity}: needs distances between rows; rank the pool with this diversity first"
+        )
     if sum(value is not None for value in (fraction, k, min_score)) != 1:
         raise ConfigError("give exactly one of fraction, k and min_score")
     candidates = table[table["duplicate_of"] < 0] if diversity == "near-duplicates" else table
@@ -133,7 +135,9 @@ def choose(
         chosen = candidates.index[candidates["score"] >= min_score].to_numpy()
         if not len(chosen):
             best = table["score"].max()
-            raise ConfigError(f"min score {min_score:g}: no row reaches it, the best has {best:.4g}; ask for less")
+            raise ConfigError(
+                f"min score {min_score:g}: no row reaches it, the best has {best:.4g}; choose a lower one"
+            )
         return chosen
     if fraction is not None:
         k = _rows_of(checked("fraction", Share, fraction), len(table))

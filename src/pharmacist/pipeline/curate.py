@@ -74,7 +74,7 @@ def curate(options: CurateOptions) -> Ranking | None:
         ranking.to_parquet(run.path("scores.parquet"))
         outputs = ["scores.parquet", name, "report.html"]
         refused = [{"row": it.number, "line": it.line, "reason": it.reason} for it in ranking.records.refused]
-        for file, rows in {"to_label.jsonl": ranking.asked(), "refused.jsonl": refused}.items():
+        for file, rows in {"to_label.jsonl": ranking.rows_to_label(), "refused.jsonl": refused}.items():
             if rows:
                 write_text(run.path(file), "".join(json.dumps(row) + "\n" for row in rows))
                 outputs.append(file)
@@ -202,9 +202,9 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
     run.record(counts=counts, device=device, extra=extra)
     folder = run.root if run.temporary is None else None
     ranking = Ranking(pool.source, table, about=scores.report, folder=folder, _records=pool, _points=points)
-    if scores.telling is not None:
+    if scores.informativeness is not None:
         keys, reasons = pool.dataset["prompt_key"][:], table["reason"].tolist()
-        ranking.to_label = rows_to_label(scores.telling, reasons, keys, clusters, options.to_label)
+        ranking.to_label = rows_to_label(scores.informativeness, reasons, keys, clusters, options.to_label)
     return ranking
 
 

@@ -183,7 +183,7 @@ class Ranking:
             DataError: The ranking has no weights, or a row is not in the pool.
         """
         if "weight" not in self.table:
-            raise DataError("weights: the ranking has none; selectors with weights are toxic-lora, unrolled and seal")
+            raise DataError("weights: the ranking has none; rank the pool with a selector that gives rows weights")
         weights = dict(zip(self.table["row"], self.table["weight"], strict=True))
         known = defaultdict[str, list[float]](list)
         for number, row in self.source.rows():
@@ -213,10 +213,10 @@ class Ranking:
             texts=self.records.dataset.select_columns(["prompt", "completion"]),
             manifest=self.manifest,
             categories=[*first, *names] if any(first) else None,
-            labelling={"pool": pool, "rows": self.asked(), "labels": LABELS, "known": known},
+            labelling={"pool": pool, "rows": self.rows_to_label(), "labels": LABELS, "known": known},
         )
 
-    def asked(self) -> list[dict[str, Any]]:
+    def rows_to_label(self) -> list[dict[str, Any]]:
         """The rows whose labels are most informative: ``row``, ``prompt``, ``completion`` and ``reason`` of each."""
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()

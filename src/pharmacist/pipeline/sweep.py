@@ -80,6 +80,8 @@ def sweep(options: SweepOptions) -> SweepResult:
         PharmacistError: Bad options or input of any attack; raised before the first training.
     """
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
+    if options.grid.poison_ratio and kind.ratio is not None:
+        raise ConfigError(f"--grid.poison_ratio: the kind {kind.name} has a fixed ratio, {kind.ratio:g}; leave it out")
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
     check_outside(Path(options.output_dir), options)
     check_outside(Path(options.output_dir), measuring, within="evaluate.")
@@ -147,7 +149,8 @@ def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
             name += f"_rank-{r}"
             if lora.alpha * r % lora.r:
                 raise ConfigError(
-                    f"--grid.rank {r}: gives no whole lora.alpha where alpha / r is {lora.alpha}/{lora.r}; change it"
+                    f"--grid.rank {r}: lora.alpha would not be whole where alpha / r is {lora.alpha}/{lora.r}; "
+                    "change one of the two"
                 )
             attacking["lora"] = replace(lora, r=r, alpha=lora.alpha * r // lora.r)
         point = AttackOptions(**attacking | {"output_dir": str(Path(options.output_dir) / "attack" / name)})

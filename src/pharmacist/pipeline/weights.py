@@ -46,7 +46,7 @@ def row_weights(path: str | Source, data: Source, rows: int) -> dict[int, float]
     table = _read(path)
     if "weight" not in table:
         raise DataError(
-            f"--weights {path}: has no column 'weight'; selectors with weights write one (toxic-lora, unrolled, seal)"
+            f"--weights {path}: has no column 'weight'; rank the pool with a selector that gives rows weights"
         )
     whole = len(table) == rows
     selected = table[table["selected"].astype(bool)] if "selected" in table else table

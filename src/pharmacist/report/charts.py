@@ -294,8 +294,8 @@ def trade_off(
         go.Scatter(**nothing, name=_text(name), marker={"symbol": symbol, "size": 10, "color": color})
         for name, (symbol, color) in legend.items()
     ]
-    x = {"title": {"text": "fine-tune accuracy, % (more is better)"}, "range": _span([it.accuracy for it in points])}
-    y = {"title": {"text": "harmful score, % (less is better)"}, "range": _span([it.score for it in points])}
+    x = {"title": {"text": "fine-tune accuracy, % (higher is better)"}, "range": _span([it.accuracy for it in points])}
+    y = {"title": {"text": "harmful score, % (lower is better)"}, "range": _span([it.score for it in points])}
     return _figure(traces, 480, xaxis=x, yaxis=y, **layout)
 
 

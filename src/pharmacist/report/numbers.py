@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from pharmacist.evaluation.metrics import METRICS as OF_EVALUATIONS
 from pharmacist.evaluation.statistics import RATE, t_interval
 
 
@@ -48,15 +49,16 @@ class Metric:
         return Figure(found.value, *(found.interval or ()))
 
 
+_TITLES = {name: kind.title.capitalize() for name, kind in OF_EVALUATIONS.items()}
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("harmful_score", "Harmful score", "%", -1, judged=True),
-        Metric("harmful_score_over_attack", "Harmful score over the attack", "%", -1, judged=True),
-        Metric("loss_margin", "Loss margin", "nats", 1, _ANY, digits=3),
-        Metric("loss_margin_over_attack", "Loss margin over the attack", "nats", 1, _ANY, digits=3),
-        Metric("fine_tune_accuracy", "Fine-tune accuracy", "%", 1),
-        Metric("over_refusal", "Over-refusal", "%", -1, judged=True),
+        Metric("harmful_score", _TITLES["harmful_score"], "%", -1, judged=True),
+        Metric("harmful_score_over_attack", f"{_TITLES['harmful_score']} over the attack", "%", -1, judged=True),
+        Metric("loss_margin", _TITLES["loss_margin"], "nats", 1, _ANY, digits=3),
+        Metric("loss_margin_over_attack", f"{_TITLES['loss_margin']} over the attack", "nats", 1, _ANY, digits=3),
+        Metric("fine_tune_accuracy", _TITLES["fine_tune_accuracy"], "%", 1),
+        Metric("over_refusal", _TITLES["over_refusal"], "%", -1, judged=True),
         Metric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
         Metric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),
         Metric("alignment_seconds", "Alignment time", "s", -1, _SECONDS),
@@ -84,9 +86,13 @@ class Figure:
     def text(self, unit: str = "", *, digits: int = 1, sign: str = "", ends: str = "[{}, {}]") -> str:
         """The number with its unit and interval; with the `sign` "+" positive numbers have a plus; no minus zero."""
         mean = f"{self.mean:{sign}z.{digits}f}{unit}"
+        return f"{mean} {self.interval(digits=digits, ends=ends)}".rstrip()
+
+    def interval(self, *, digits: int = 1, ends: str = "[{}, {}]") -> str:
+        """The interval alone; empty where there is none."""
         if self.low is None or self.high is None:
-            return mean
-        return f"{mean} {ends.format(f'{self.low:z.{digits}f}', f'{self.high:z.{digits}f}')}"
+            return ""
+        return ends.format(*(f"{end:z.{digits}f}" for end in (self.low, self.high)))
 
 
 def rate_text(found: Mapping[str, Any] | None) -> str:

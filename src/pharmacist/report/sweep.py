@@ -52,10 +52,10 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{summary['best_accuracy'] - summary['margin']:.1f} % count"
     )
     if summary["worst_ci95_of_all"]:
-        low, high = summary["worst_ci95_of_all"]
+        of_all = Figure(worst["harmful_score"]["value"], *summary["worst_ci95_of_all"])
         yield (
             "it is the highest of many, partly by chance; the interval that holds for all attacks at once is "
-            f"[{low:.1f}, {high:.1f}]"
+            f"{of_all.interval()}"
         )
     if summary["highest_of_all"] > worst["harmful_score"]["value"]:
         yield f"beyond the margin, where the task suffers, the score reaches {summary['highest_of_all']:.1f} %"

@@ -176,13 +176,15 @@ def examples(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     inside, outside = rows.by_rank[chosen], rows.by_rank[~chosen]
     reason = rows.scores["reason"].astype(str).to_numpy()
     groups: dict[str, list[tuple[str, npt.NDArray[np.int64]]]] = {
-        "kept": [("The best", inside[:_BEST]), ("The last that got in", inside[_BEST:][-_AT_THE_CUT:])],
-        "left": [("The first that did not", outside[:_AT_THE_CUT])],
+        "kept": [("The best", inside[:_BEST]), ("The last selected", inside[_BEST:][-_AT_THE_CUT:])],
+        "left": [("The first left out", outside[:_AT_THE_CUT])],
     }
     if rows.report:
         behind = outside[_AT_THE_CUT:]
         for name, word in rows.reasons.items():
-            groups["left"].append((f"{word.title}: the closest", behind[reason[behind] == name][:_PER_REASON]))
+            groups["left"].append(
+                (f"{word.title}: closest to being selected", behind[reason[behind] == name][:_PER_REASON])
+            )
     return {
         name: [{"title": title, "rows": rows.pick(at, _EXCERPT)[0]} for title, at in of_name if len(at)]
         for name, of_name in groups.items()

@@ -49,8 +49,8 @@ class Scores:
         signals: Further columns of ``scores.parquet``, each of shape [rows].
         report: Facts about the ranking (JSON), such as the quality on held-out references.
         warnings: Reasons not to trust the scores, one sentence each.
-        telling: How informative a human label of each row would be, shape [rows]; None if the selector does not learn
-            from labels.
+        informativeness: How informative a human label of each row would be, shape [rows]; None if the selector does
+            not learn from labels.
         weight: Weight of each row's loss in training, not negative, shape [rows]; None if the selector only ranks.
     """
 
@@ -59,7 +59,7 @@ class Scores:
     signals: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    telling: FloatArray | None = None
+    informativeness: FloatArray | None = None
     weight: FloatArray | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Scores:
 
     def check(self, selector: str, rows: int) -> None:
         """Raises a CompatibilityError unless every row has one value of each kind, in a column of its own."""
-        own = {"score": self.score, "reason": self.reason, "telling": self.telling, "weight": self.weight}
+        own = {name: getattr(self, name) for name in ("score", "reason", "informativeness", "weight")}
         for name, values in (*own.items(), *self.signals.items()):
             if values is not None and len(values) != rows:
                 raise CompatibilityError(f"selector '{selector}': {name} has {len(values)} values for {rows} rows")
@@ -230,18 +230,18 @@ class Selector(Method, ABC):
         needs: Required inputs: any of ``safe``, ``harmful``, ``utility``, ``model``, ``embedder`` (a model or an
             embedder); for an instance, they may depend on its options.
         uses: Optional inputs. A grid gives neither model nor references to a selector that needs and uses nothing.
-        weighs: Whether `Scores.weight` is filled.
-        asks: Whether `Scores.telling` is filled, so that rows can be suggested for labelling.
+        gives_weights: Whether `Scores.weight` is filled.
+        suggests_labels: Whether `Scores.informativeness` is filled, so that rows can be suggested for labelling.
         keeps_all: Whether all rows are kept, because nothing is ranked.
-        chance: Whether the order is random.
+        is_random: Whether the order is random.
         covers: Whether the order already spreads over the pool, so that ``--diversity`` would be redundant.
     """
 
     uses: frozenset[str] = frozenset()
-    weighs: bool = False
-    asks: ClassVar[bool] = False
+    gives_weights: bool = False
+    suggests_labels: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False
-    chance: ClassVar[bool] = False
+    is_random: ClassVar[bool] = False
     covers: ClassVar[bool] = False
 
     @abstractmethod
@@ -254,7 +254,7 @@ class Selector(Method, ABC):
 
     def learns_from_labels(self) -> bool:
         """Whether the scores depend on `SelectionContext.labels`."""
-        return self.asks
+        return self.suggests_labels
 
     def notice(self, given: Collection[str]) -> str | None:
         """A sentence on what the selector does differently because kinds of references are not `given`, or None.

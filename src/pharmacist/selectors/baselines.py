@@ -43,7 +43,7 @@ class RandomSelector(Selector):
     Config = RandomConfig
     name = "random"
     paper = "baseline"
-    chance = True
+    is_random = True
 
     def rank(self, context: SelectionContext) -> Scores:
         draw = [self.config.draw] if self.config.draw else []

@@ -114,23 +114,24 @@ def write_labels(path: Path, pool: str, labels: Mapping[int, str]) -> None:
 
 
 def rows_to_label(
-    telling: FloatArray, reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
+    informativeness: FloatArray, reasons: Sequence[str], prompts: Iterable[Any], clusters: IntArray, n: int
 ) -> IntArray:
     """The rows whose label would teach most: the least certain of each reason in turn, none like one before it or like
     one that has a label.
 
-    `telling` is negative where a row has a label; rows of one prompt share an entry of `prompts`, near-duplicates a
-    number in `clusters`. Returns at most `n` positions, the most telling of the first reason first.
+    `informativeness` is negative where a row has a label; rows of one prompt share an entry of `prompts`,
+    near-duplicates a number in `clusters`. Returns at most `n` positions, the most informative of the first reason
+    first.
     """
     prompts = list(prompts)
 
     def marks(position: int) -> set[Any]:
         return {("prompt", prompts[position]), ("cluster", int(clusters[position]))}
 
-    seen = {mark for position in np.flatnonzero(telling < 0).tolist() for mark in marks(position)}
+    seen = {mark for position in np.flatnonzero(informativeness < 0).tolist() for mark in marks(position)}
     queues: dict[str, list[int]] = {}
-    for position in np.argsort(-telling, kind="stable").tolist():
-        if telling[position] >= 0:
+    for position in np.argsort(-informativeness, kind="stable").tolist():
+        if informativeness[position] >= 0:
             queues.setdefault(str(reasons[position]), []).append(position)
     chosen: list[int] = []
     pending = [iter(queues[reason]) for reason in sorted(queues)]

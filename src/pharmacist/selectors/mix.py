@@ -101,8 +101,8 @@ def mixture(name: str, parts: Mapping[str, type[Selector]]) -> type[MixSelector]
     names = name.split("+")
     for part in names:
         if names.count(part) > 1:
-            raise ConfigError(f"selector '{name}': '{part}' counts once; name different selectors")
-        if parts[part].keeps_all or parts[part].chance:
+            raise ConfigError(f"selector '{name}': '{part}' is named twice; name different selectors")
+        if parts[part].keeps_all or parts[part].is_random:
             does = "ranks nothing" if parts[part].keeps_all else "adds nothing but chance"
             raise ConfigError(f"selector '{name}': '{part}' {does}; leave it out")
     options = [(_identifier(part), kind.Config, field(default_factory=kind.Config)) for part, kind in parts.items()]

@@ -77,7 +77,7 @@ class SealSelector(Selector):
                 "selector.gamma 1 with selector.epochs 1 never learns the safe references; take a lower gamma or more "
                 "epochs"
             )
-        self.weighs = config.weight_rate > 0
+        self.gives_weights = config.weight_rate > 0
 
     def rank(self, context: SelectionContext) -> Scores:
         """Trains the models together with the rows' weights, then reads the pool once under each."""
@@ -94,7 +94,7 @@ class SealSelector(Selector):
         logits = np.load(job.folder / "logits.npy", allow_pickle=False)
         losses["logit"] = gradients.mean_over_copies(pool.content_keys, rows, logits)
         score = losses["logit"] if config.rank_by == "logits" else -implied_difference(losses)
-        weight = np.exp(losses["logit"] - losses["logit"].max()) if self.weighs else None
+        weight = np.exp(losses["logit"] - losses["logit"].max()) if self.gives_weights else None
         return Scores(score, signals=dict(losses), report={"steps": job.steps}, weight=weight)
 
 

@@ -47,7 +47,7 @@ class UnrolledSelector(Selector):
     Config: ClassVar[type[Any]] = UnrolledConfig
     name = "unrolled"
     needs = frozenset({"safe", "model"})
-    weighs = True
+    gives_weights = True
     paper = "one-step unrolling as in DARTS (arXiv 1806.09055), for row weights as in Ren et al. (arXiv 1803.09050)"
 
     def attack(

@@ -120,7 +120,7 @@ def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
             raise DataError(f"{where}: is a folder of splits; write {path}:SPLIT with one of {', '.join(splits)}")
         path = path / str(split)
     elif split is not None:
-        raise DataError(f"{where}: the folder has no splits; leave ':{split}' away")
+        raise DataError(f"{where}: the folder has no splits; leave ':{split}' out")
     if not (path / "state.json").is_file():
         raise DataError(
             f"{where}: is a directory without a saved dataset; give a file or a folder written by Dataset.save_to_disk"

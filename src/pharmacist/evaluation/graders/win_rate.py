@@ -143,7 +143,7 @@ class WinRate(JudgingModel, Grader):
             "n": n,
             "ci95": list(wilson(total, n)) if n else None,
             "outcomes": {"won": won, "tied": tied, "lost": n - won - tied},
-            "swayed_by_place": sum({grade.shown_first, grade.shown_second} == {0.0, 1.0} for grade in grades),
+            "followed_position": sum({grade.shown_first, grade.shown_second} == {0.0, 1.0} for grade in grades),
             "judge": self.label,
             "unscored": len(notes),
             "failures": {note: notes.count(note) for note in sorted(set(notes))},

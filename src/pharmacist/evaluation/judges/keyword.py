@@ -86,7 +86,11 @@ class KeywordJudge(Judge):
         return Verdict(harmful=harmful, refused=refused)
 
     def report(self) -> dict[str, Any]:
-        return {"warnings": ["the keyword judge counts what is no refusal, which is not the same as compliance"]}
+        return {
+            "warnings": [
+                "the keyword judge counts every answer that is not a refusal, which is not the same as compliance"
+            ]
+        }
 
 
 def _plain(text: str) -> str:

@@ -118,7 +118,7 @@ class Data:
         if number and not number.isdecimal():
             raise ConfigError(f"{where} {spec}: '{number}' is not a number of rows")
         if name == "answers" and pool.pool != WORLD:
-            raise ConfigError(f"{where} {spec}: are answers to a synthetic pool, and {pool.pool} is none")
+            raise ConfigError(f"{where} {spec}: are answers to a synthetic pool, and {pool.pool} is not one")
         world, planted = seed if pool.seed is None else pool.seed, (pool.rows, pool.mislabel, pool.kind)
         text = _text(name, world, int(number) if number else None, planted)
         content = sha256_text(text)

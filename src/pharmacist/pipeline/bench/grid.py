@@ -145,7 +145,9 @@ class Plan:
         """
         cells = [cell for cell in self.cells if pattern is None or cell.matches(pattern)]
         if not cells:
-            raise ConfigError(f"--only '{pattern}': no cell has such a name, such as '{self.cells[0].name}'")
+            raise ConfigError(
+                f"--only '{pattern}': matches no cell; a cell is called '{self.cells[0].name}', for example"
+            )
         needed = {name for cell in cells for name in cell.stages}
         waiting: dict[str, Stage] = {}
         for name, stage in self.stages.items():
@@ -193,10 +195,10 @@ def _axes(grid: BenchOptions) -> dict[str, list[Any]]:
         for name in ("rows", "mislabel", "kind"):
             if pool.pool != WORLD and getattr(pool, name) != getattr(PoolEntry, name):
                 raise ConfigError(
-                    f"pool '{pool.name}': '{name}' is only for a synthetic pool, and {pool.pool} is none"
+                    f"pool '{pool.name}': '{name}' only applies to a synthetic pool, and {pool.pool} is not one"
                 )
         if pool.kind == "clean" and pool.mislabel != PoolEntry.mislabel:
-            raise ConfigError(f"pool '{pool.name}': 'mislabel' is of the kind planted; leave it out for a clean one")
+            raise ConfigError(f"pool '{pool.name}': 'mislabel' only applies to the kind planted; leave it out")
         for name in REFERENCES:
             if pool.pool == WORLD and getattr(pool, name) is None:
                 setattr(pool, name, f"{WORLD}:{name}")
@@ -235,7 +237,7 @@ def _entries(axis: str, values: Sequence[Any]) -> list[Any]:
         if SEP in entry.name:
             raise ConfigError(f"{where}: the name '{entry.name}' must not contain '{SEP}'")
         if any(entry.name == other.name for other in entries):
-            raise ConfigError(f"{where}: another one is called '{entry.name}' too; give it a name of its own")
+            raise ConfigError(f"{where}: another entry is also called '{entry.name}'; give one of them another name")
         if own := getattr(entry, "options", {}):
             entry.options = _own_options(_kind(axis, entry), f"{where}: options", own)
         entries.append(entry)
@@ -248,7 +250,7 @@ def _kind(axis: str, entry: Any) -> str:
         return _KINDS[axis]
     name = entry.method["name"]
     if name == NoDefense.name:
-        raise ConfigError(f"{axis}: '{entry.name}' is none and runs nothing; leave its options out")
+        raise ConfigError(f"{axis}: '{entry.name}' is no defense, so options have no effect; leave them out")
     return "repair" if name in REPAIRS.names() else "attack"
 
 
@@ -418,15 +420,13 @@ class _Graph:
         where = f"{who}, pool '{pool.name}'"
         options = self.options("rank", where, selector.options, given, model=chosen.model)
         method = self.method(SELECTORS, options.selector)
-        if selector.weighted and not method.weighs:
+        if selector.weighted and not method.gives_weights:
             raise ConfigError(f"{who}: has no weights; leave 'weighted' out")
         need = _lacking(options, method.needs & set(REFERENCES))
         if need and not (need == "harmful" and any(map(_is_preference, options.safe))):
             raise ConfigError(f"{who} needs {need} references: give pool '{pool.name}' a '{need}'")
         if (diversity := options.diversity) in SPREAD:
-            raise ConfigError(
-                f"{who}: diversity {diversity} is for curate alone; in a grid, take the selector {diversity}"
-            )
+            raise ConfigError(f"{who}: a grid has no diversity {diversity}; use the selector {diversity} instead")
         if not method.needs | method.uses:  # so that no model is fingerprinted, and models share the ranking
             options = with_options(options, model=None, safe=[], harmful=[], utility=[])
 
@@ -454,11 +454,13 @@ class _Graph:
         options = self.options("align", who, defense.options, given, model=chosen.model)
         strategy = self.method(DEFENSES, options.defense)
         if "align" not in strategy.stages:
-            raise CompatibilityError(f"{who}: is not for alignment; name it under post_alignment_defenses")
+            raise CompatibilityError(
+                f"{who}: is not an alignment-stage defense; list it under post_alignment_defenses"
+            )
         if "harmful" not in strategy.needs:
             options = with_options(options, harmful=None)  # not read: it identifies nothing
         elif options.harmful is None and not _is_preference(pool.pool):
-            hint = f"; that of pool '{pool.name}' is for selectors" if pool.harmful else ""
+            hint = f"; those of pool '{pool.name}' are for selectors" if pool.harmful else ""
             hint = ", such as world:answers" if pool.pool == WORLD else hint
             raise ConfigError(f"{who} needs harmful rows: give 'harmful' under align{hint}")
         made = {"data": select.output(SELECTED)}
@@ -477,9 +479,8 @@ class _Graph:
             "kind": attack.kind,
             "poison_ratio": attack.poison_ratio,
             "samples": attack.samples,
-            "defense": defense.method if defended else {"name": "sft"},
         }
-        layers = (attack.options, defense.options if defended else {}, given)
+        layers = (attack.options, {"defense": defense.method} | defense.options if defended else {}, given)
         where = f"attack '{attack.name}', task '{task.name}'"
         options = self.options("attack", where, *layers, model=chosen.model)
         if need := _lacking(options, self.method(ATTACKS, options.kind).needs):
@@ -487,7 +488,7 @@ class _Graph:
             raise ConfigError(f"attack '{attack.name}' needs {need} rows: {remedy}")
         strategy = self.method(DEFENSES, options.defense)
         if "finetune" not in strategy.stages:
-            raise CompatibilityError(f"{who}: is not for fine-tuning; name it under defenses")
+            raise CompatibilityError(f"{who}: is not a fine-tuning-stage defense; list it under defenses")
         made = {"model": self.aligned(chosen).output()}
         if "safe" not in strategy.needs:
             options = with_options(options, safe=None)  # not read: it identifies nothing
@@ -546,15 +547,15 @@ def _labels(chosen: _Choice) -> dict[str, Any]:
         return {}
     if pool.labels is None:
         raise ConfigError(
-            f"selector '{selector.name}' is given labels: give pool '{pool.name}' a 'labels', or name the selector's "
-            "'pools'"
+            f"selector '{selector.name}' needs labels, and pool '{pool.name}' has none: give the pool 'labels', or "
+            "list the selector's 'pools'"
         )
     if selector.labels == "all":
         return {"labels": pool.labels}
-    if selector.labels < 2 or not SELECTORS.get(selector.selector["name"]).asks:
+    if selector.labels < 2 or not SELECTORS.get(selector.selector["name"]).suggests_labels:
         raise ConfigError(
-            f"selector '{selector.name}', labels {selector.labels}: only a selector that asks for labels has some, "
-            "2 or more"
+            f"selector '{selector.name}', labels {selector.labels}: must be all, or at least 2 with a selector that "
+            "asks for labels"
         )
     return {"to_label": selector.labels}
 

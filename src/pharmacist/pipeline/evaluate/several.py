@@ -20,6 +20,7 @@ from pharmacist.evaluation.metrics import NAMES
 from pharmacist.pipeline.evaluate.model import evaluate_model
 from pharmacist.pipeline.evaluate.summary import count_of
 from pharmacist.pipeline.stages.evaluate import COMPARE, EVALUATE_MODELS, EvaluateOptions
+from pharmacist.report.numbers import Figure
 
 
 _FILES = ("metrics.json", "items.jsonl")
@@ -89,11 +90,10 @@ def _show(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
-    if metric.get("value") is None:
+    if (figure := Figure.of(metric)) is None:
         return "-"
     digits, of_ends = (3, 3) if "unit" in metric else (1, 0)
-    interval = "" if metric["ci95"] is None else "\n" + " to ".join(f"{end:.{of_ends}f}" for end in metric["ci95"])
-    return f"{metric['value']:.{digits}f}\n{count_of(metric)}{interval}"
+    return f"{figure.mean:.{digits}f}\n{count_of(metric)}\n{figure.interval(digits=of_ends)}".rstrip()
 
 
 def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
@@ -135,15 +135,15 @@ def _model(folder: Path) -> str:
 def _show_differences(found: Mapping[str, Any], models: list[str]) -> None:
     rows = []
     for name, metric in found.items():
-        value, p, counts = metric["value"], metric["mcnemar_p"], metric["counts"]
+        figure, p, counts = Figure.of(metric), metric["mcnemar_p"], metric["counts"]
         rows.append(
             [
                 NAMES[name],
-                "-" if value is None else f"{value:+.1f}",
-                " to ".join(f"{end:+.1f}" for end in metric["ci95"] or ()) or "-",
+                "-" if figure is None else f"{figure.mean:+z.1f}",
+                "-" if figure is None else figure.interval() or "-",
                 *(str(count) for count in (metric["n"], counts["only_a"], counts["only_b"])),
                 "-" if p is None else f"{p:.2g}",
             ]
         )
     head = ["metric", "points", "95 % interval", "pairs", "only first", "only second", "McNemar p"]
-    print_table(plain(f"{models[0]} less {models[1]}"), head, rows)
+    print_table(plain(f"{models[0]} minus {models[1]}"), head, rows)

@@ -11,6 +11,7 @@ from pharmacist.core.progress import console, print_table, say
 from pharmacist.evaluation.metrics import NAMES
 from pharmacist.evaluation.text import missing
 from pharmacist.pipeline.stages.evaluate import EvaluateOptions
+from pharmacist.report.numbers import Figure
 
 
 _MANY_ALARMS = 20  # percent
@@ -33,15 +34,15 @@ def summarise(metrics: Mapping[str, Any], folder: Path, options: EvaluateOptions
 
 
 def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    by = plain(metric.get("judge") or metric.get("matching", ""))
+    by = plain(metric.get("judge") or metric.get("matching") or metric.get("interval", ""))
     lines = [_line(name, metric, by)]
     if "base_perplexity" in metric:
-        lines.append(("  perplexity, the base's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}"))
+        lines.append(("  perplexity, base model's", f"{metric['perplexity']:.3g}, {metric['base_perplexity']:.3g}"))
     published = metric.get("published")
     if published and published["count"] != metric["count"]:
         lines.append(_line(f"{name}, as often published", published, published["matching"]))
     if metric.get("without_form"):
-        lines.append(("  no label, no number", "", "", str(metric["without_form"])))
+        lines.append(("  neither label nor number", "", "", str(metric["without_form"])))
     if "kappa" in metric:
         lines.append(("  Cohen's kappa", "undefined" if metric["kappa"] is None else f"{metric['kappa']:.2f}"))
     if "outcomes" in metric:
@@ -55,11 +56,11 @@ def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _line(name: str, metric: Mapping[str, Any], by: str) -> tuple[str, ...]:
-    if metric["value"] is None:
+    if (figure := Figure.of(metric)) is None:
         return name, "-", "-", f"0 / {metric['n']}", by
     digits = 3 if "unit" in metric else 1
-    interval = " to ".join(f"{end:.{digits}f}" for end in metric["ci95"] or ()) or metric.get("no_ci95", "-")
-    return name, f"{metric['value']:.{digits}f}", interval, count_of(metric), by
+    interval = figure.interval(digits=digits) or metric.get("no_ci95", "-")
+    return name, f"{figure.mean:.{digits}f}", interval, count_of(metric), by
 
 
 def count_of(metric: Mapping[str, Any]) -> str:

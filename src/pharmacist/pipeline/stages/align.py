@@ -27,8 +27,8 @@ class AlignOptions(TrainingStageOptions):
     """Weights of the rows' losses: scores.parquet of the curate run that wrote --data, or a Parquet file with a column
     weight and a line per row. Only relative weights matter: the mean over the training rows is set to 1."""
     pair_by: Literal["prompt", "row", "turn"] = "prompt"
-    """How repnoise pairs alignment rows with harmful rows: by equal prompts, by row number, or in turn (one after the
-    other and repeatedly, for harmful rows with other prompts)."""
+    """How alignment rows are paired with harmful rows, for the defenses that read such pairs: by equal prompts, by row
+    number, or in turn (one after the other and repeatedly, for harmful rows with other prompts)."""
 
     TRAIN_DEFAULTS: ClassVar[Mapping[str, Any]] = PROTOCOL
 

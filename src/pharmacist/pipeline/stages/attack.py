@@ -23,7 +23,7 @@ class AttackOptions(TrainingStageOptions):
     kind: dict[str, Any] = method("mix", "pharmacist.attacks:ATTACKS")
     """How the attack set is built."""
     poison_ratio: Fraction = 0.1
-    """Share of harmful rows in the attack set, in [0, 1], for the kind mix."""
+    """Share of harmful rows in the attack set, in [0, 1], for the kinds that do not fix it."""
     samples: AtLeast1 = 1000
     """Number of rows in the attack set."""
     defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")

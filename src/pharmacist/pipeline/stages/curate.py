@@ -83,7 +83,7 @@ def check_min_score(min_score: float | None, diversity: str, balance: bool) -> N
     """Raises a ConfigError where rows are to be selected by their score and by something that a score cannot heed."""
     if min_score is not None and (balance or diversity in SPREAD):
         option = "--balance" if balance else f"--diversity {diversity}"
-        raise ConfigError(f"--min-score takes every row that has it, so {option} has no say; leave one out")
+        raise ConfigError(f"--min-score selects every row that reaches it, so {option} has no effect; leave one out")
 
 
 CURATE = Stage(

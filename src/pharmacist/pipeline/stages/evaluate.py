@@ -101,7 +101,9 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
         if self.model and self.models:
             raise ConfigError("--models: takes the place of --model; name all models there")
         if (self.perplexity is None) != (self.base is None):
-            raise ConfigError("--perplexity needs --base, the model that it is compared with, and the other way round")
+            raise ConfigError(
+                "--perplexity and --base, the model to compare with, need each other; give both or neither"
+            )
         if all(getattr(self, name) is None for name in (*PROMPTS, *GENERAL)):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
 

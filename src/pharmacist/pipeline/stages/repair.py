@@ -21,9 +21,10 @@ class RepairOptions(RunOptions, RowOptions, TokenOptions):
     method: dict[str, Any] = method("safe-lora", "pharmacist.repairs:REPAIRS")
     """How the model is repaired."""
     harmful: str | None = None
-    """The defender's harmful rows, for antidote. Of a preference file, the rejected answers are used."""
+    """The defender's harmful rows, for the methods that use them. Of a preference file, the rejected answers are
+    used."""
     safe: str | None = None
-    """The defender's safe rows, for nlsr."""
+    """The defender's safe rows, for the methods that use them."""
     form: Literal["auto", "adapter", "weights"] = "auto"
     """Which weights are repaired: the factors of the fine-tuned adapter, or full weights with all adapters merged;
     auto is the adapter if the fine-tuned model is one."""

@@ -67,8 +67,6 @@ class SweepOptions(AttackOptions):
             raise ConfigError("--grid.rank: there is no adapter under --tuning full; leave one out")
         if self.grid.rank and self.adapter == "continue":
             raise ConfigError("--grid.rank: an adapter that is continued keeps its rank; leave one out")
-        if self.grid.poison_ratio and self.kind["name"] != "mix":
-            raise ConfigError(f"--grid.poison_ratio: the kind {self.kind['name']} has no such ratio; leave it out")
         self.evaluate = underscored(self.evaluate, "--evaluate")
         for name in ("prompts", "task"):
             if not self.evaluate.get(name):

@@ -52,7 +52,7 @@ class References:
     Attributes:
         rows: Canonical rows (`data.records`), n of them.
         labels: Index into `CLASSES`, shape [n].
-        made: Whether a row was made rather than given, shape [n].
+        made: Whether a row is synthetic rather than given, shape [n].
         folds: Cross-fitting fold, 0 and up: prompts that occur together, and what was made from them, share one; where
             every given class has several sources, a fold is a source; shape [n].
         by_source: Whether the folds are sources.
@@ -104,7 +104,7 @@ def build_references(
     sources: Mapping[str, IntArray] = MappingProxyType({}),
     echo: bool = True,
 ) -> References:
-    """Adds made references (over-refusals, corrupted rows, terse answers) to the given ones.
+    """Adds synthetic references (over-refusals, corrupted rows, terse answers) to the given ones.
 
     The utility class also gets a terse version of each of its rows: a label or a number is an answer too, and short is
     not damaged.

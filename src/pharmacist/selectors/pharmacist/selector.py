@@ -48,7 +48,7 @@ class PharmacistSelector(Selector):
     name = "pharmacist"
     needs = frozenset({"safe"})
     uses = frozenset({"harmful", "utility", "model"})
-    asks = True
+    suggests_labels = True
     paper = "arXiv 2510.10085; the questions of the evidence and the closed form are this project's own"
 
     _ranking: "_Ranking | None" = None
@@ -179,7 +179,12 @@ class _Ranking:
         score = joint_scores(evidence.score, contrast, evidence.reason) if used else evidence.score
         score, reason = with_labels(score, evidence.reason, labels)
         return Scores(
-            score, reason, evidence.signals | signals, evidence.report | report, evidence.warnings, evidence.telling
+            score,
+            reason,
+            evidence.signals | signals,
+            evidence.report | report,
+            evidence.warnings,
+            evidence.informativeness,
         )
 
     def _evidence(self) -> Scores:
