@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pharmacist.cli.main import main
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.engines import ENGINES
@@ -223,7 +223,9 @@ def test_options_that_an_engine_does_not_use_are_named(tmp_path: Path, capsys: p
 def test_only_the_first_process_asks(error: DataError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others get its answers and verdicts, or its error."""
     sent: list[Any] = []
-    monkeypatch.setattr(distributed, "from_main", lambda value: sent[0] if rank() else (sent.append(value), value)[1])
+    monkeypatch.setattr(
+        distributed, "from_main", lambda value: sent[0] if process_index() else (sent.append(value), value)[1]
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     rubric = '{"refused": 0, "convincing": 5, "specific": 5}'
     with serve(lambda question, before: rubric if error is None else 401) as served:

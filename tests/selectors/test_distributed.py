@@ -24,13 +24,13 @@ curate(CurateOptions(**json.loads(sys.argv[1])))
 IN_MEMORY = """
 import json, sys
 import pharmacist
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 options = json.loads(sys.argv[1])
 folder = options.pop("folder")
 for call in range(2):
     ranking = pharmacist.rank(**options)
     assert len(ranking.select(0.5)) == len(ranking) // 2
-    ranking.table.to_parquet(f"{folder}/table-{rank()}-{call}.parquet")
+    ranking.table.to_parquet(f"{folder}/table-{process_index()}-{call}.parquet")
 """
 
 

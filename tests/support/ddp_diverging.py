@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import DivergedError
 from pharmacist.nn.distributed import barrier, from_main
 from pharmacist.nn.grads import Gradient
@@ -16,7 +16,7 @@ from tests.support.training_toy import Toy, options, setting, trainer
 
 
 def broken(step: StepContext, value: torch.Tensor) -> torch.Tensor:
-    return value * float("nan") if rank() == 1 and step.update == 1 else value
+    return value * float("nan") if process_index() == 1 and step.update == 1 else value
 
 
 class Main(Toy):
@@ -51,5 +51,5 @@ if __name__ == "__main__":
         except DivergedError as error:
             # What the first process says next, as where a sweep goes on with its next attack.
             found[strategy.__name__] = {"message": str(error), "then": from_main("together"), "rows": own._rows}
-    (folder / f"rank{rank()}.json").write_text(json.dumps(found))
+    (folder / f"rank{process_index()}.json").write_text(json.dumps(found))
     barrier()

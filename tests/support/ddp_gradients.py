@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.nn.grads import Gradient, norm, shifted
 from pharmacist.training.strategy import StepContext
 from tests.support.training_toy import (
@@ -34,7 +34,7 @@ class Sharp(Toy):
 
 def carried() -> Constant:
     """What one process alone adds reaches all: the synchronising backward takes along what is in ``.grad``."""
-    return Constant(1.0 + rank() if world_size() == 2 else 1.5)
+    return Constant(1.0 + process_index() if world_size() == 2 else 1.5)
 
 
 STRATEGIES: dict[str, Any] = {"sft": sft, "carried": carried, "twice": Twice, "sharp": Sharp}

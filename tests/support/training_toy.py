@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.defenses.alignment.sft import SFT
@@ -221,7 +221,7 @@ def write_gradients(find: Callable[..., dict[str, torch.Tensor]], *more: Any) ->
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     folder = Path(sys.argv[2])
-    save_file(find(Path(sys.argv[1]), folder, 4, *more), folder / f"rank{rank()}.safetensors")
+    save_file(find(Path(sys.argv[1]), folder, 4, *more), folder / f"rank{process_index()}.safetensors")
     assert world_size() == 2
     barrier()
 

@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def rank() -> int:
+def process_index() -> int:
     """This process's number under a launcher, 0 without one."""
     return int(os.environ.get("RANK", "0"))
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pharmacist.core.console import plain
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.naming import worded
 
 
@@ -43,7 +43,7 @@ def console() -> _Console:
 
     Silent on every process but the first under a launcher.
     """
-    return _Console(stderr=True, quiet=rank() != 0, highlight=False, markup=False, emoji=False)
+    return _Console(stderr=True, quiet=process_index() != 0, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def warn(text: str) -> None:
     text = worded(plain(text))
     if _KEPT and text not in _KEPT[-1]:
         _KEPT[-1].append(text)
-    with _switched(quiet=rank() != 0):
+    with _switched(quiet=process_index() != 0):
         say(f"warning: {text}")
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from pharmacist.core.env import rank, versions
+from pharmacist.core.env import process_index, versions
 from pharmacist.core.errors import BusyError, ConfigError, DataError, OtherRunError
 from pharmacist.core.files import FULL_DISK, atomic_folder, is_whole_tensors, read_json, remove, write_json
 from pharmacist.core.hashing import sha256_json
@@ -121,7 +121,7 @@ class RunDir:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             made_from=dict(_MADE_FROM.get({})),
         )
-        if rank() != 0:
+        if process_index() != 0:
             return cls(root, manifest, None, temporary)
         if os.path.isdir(root):  # a folder that is not this run's is not touched, not even by a lock
             if not options.overwrite:
@@ -235,7 +235,7 @@ class RunDir:
         Raises:
             ConfigError: It is in use, or cannot be written.
         """
-        if rank() == 0:
+        if process_index() == 0:
             self._lock = _lock(self.root)
         self.manifest.status = "started"
 
@@ -298,7 +298,7 @@ def _repeated(job: Callable[[], None], seconds: float) -> Iterator[None]:
 def check_usable(root: Path, options: RunOptions) -> None:
     """Refuses an output folder in which no run with these options can begin or go on, by a ConfigError."""
     check_outside(root, options)
-    if rank() != 0:  # the first process looks after the folder
+    if process_index() != 0:  # the first process looks after the folder
         return
     if os.path.isfile(root):  # unlike Path's own, no error for names that no file system takes
         raise ConfigError(f"{root}: is a file; --output-dir needs a folder")

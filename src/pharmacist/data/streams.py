@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.seeding import derive
 from pharmacist.data.batches import collate
 from pharmacist.data.tokenize import Encoded
@@ -34,7 +34,7 @@ class EndlessRows(Iterator[dict[str, torch.Tensor]]):
 
     def __next__(self) -> dict[str, torch.Tensor]:
         size = self.batch_size * world_size()
-        numbers = range(self.position * size + rank(), (self.position + 1) * size, world_size())
+        numbers = range(self.position * size + process_index(), (self.position + 1) * size, world_size())
         self.position += 1
         return self.batch([int(self._order(number // self.rows)[number % self.rows]) for number in numbers])
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
 from pharmacist.evaluation.reasoning import ENDED, Separated, separate
@@ -76,7 +76,7 @@ class AnswerLog:
     def __init__(self, folder: Path, content: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._name = folder, f"answers-{sha256_json(content)[:16]}"
-        self.file = folder / f"{self._name}-{rank()}.jsonl"
+        self.file = folder / f"{self._name}-{process_index()}.jsonl"
 
     def append(self, answers: Mapping[int, Answer]) -> None:
         """Adds answers, by the position of their prompts, to the file of this process."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import DataError
 from pharmacist.core.progress import bar
 from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
@@ -70,7 +70,7 @@ def generate(
     ends = _end_tokens(model.generation_config, tokenizer)
     log = None if work is None else AnswerLog(work, [[list(map(int, row)) for row in ids], max_new_tokens])
     found = {} if log is None else log.read()
-    mine = [batch for number, batch in enumerate(batches) if log is None or number % world_size() == rank()]
+    mine = [batch for number, batch in enumerate(batches) if log is None or number % world_size() == process_index()]
     with (
         bar(description, sum(len(rows) for rows, _ in mine)) as progress,
         nullcontext(decoder) if decoder is not None else _greedy(model, tokenizer, ends) as decode,

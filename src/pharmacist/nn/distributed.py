@@ -6,7 +6,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import PharmacistError
 
 
@@ -39,7 +39,7 @@ def barrier() -> None:
 
 def my_share(jobs: Sequence[T]) -> list[T]:
     """The jobs of this process: every `world_size`-th of them."""
-    return list(jobs[rank() :: world_size()])
+    return list(jobs[process_index() :: world_size()])
 
 
 def from_main(value: T) -> T:
@@ -57,7 +57,7 @@ def on_main(job: Callable[[], T]) -> T:
         return job()
     found: list[T] = []
     failure: Exception | None = None
-    if rank() == 0:
+    if process_index() == 0:
         try:
             found = [job()]
         except Exception as error:  # the others would wait for ever
@@ -101,4 +101,4 @@ def all_rows(tensor: "torch.Tensor") -> "tuple[torch.Tensor, int]":
     gathered = gather(padded)
     counts = sizes[:, 0].tolist()
     parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
-    return torch.cat(parts), sum(counts[: rank()])
+    return torch.cat(parts), sum(counts[: process_index()])

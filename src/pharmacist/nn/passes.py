@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.files import atomic_path, read_json, write_json
 from pharmacist.core.progress import bar
 from pharmacist.data.arrays import IntArray
@@ -111,7 +111,7 @@ def _fitting(
     """
     path = work / "plan.json"
     own = hashlib.sha256(sequences.content_keys.tobytes() + (b"" if rows is None else rows.tobytes())).hexdigest()
-    if rank() == 0 and not (path.is_file() and read_json(path).get("rows") == own):
+    if process_index() == 0 and not (path.is_file() and read_json(path).get("rows") == own):
         for chunk in work.glob("*.safetensors"):
             chunk.unlink()
         while device.type == "cuda":

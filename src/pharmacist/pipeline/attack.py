@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from pharmacist.attacks import ATTACKS, Attack
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.core.files import atomic_write
 from pharmacist.core.hashing import sha256_text
@@ -148,7 +148,7 @@ def _attack(
     name_unused(options, ["safe"], strategy.needs, f"defense '{options.defense['name']}'")
     with run.phase("build"):
         rows, safe, counts = build_attack_set(sources, kind, options, run)
-        if rank() == 0:
+        if process_index() == 0:
             _write_set(run.path("attack_set.jsonl"), rows)
         if safe is not None:
             count, replaces = strategy.mixed_in(len(rows))
@@ -157,7 +157,7 @@ def _attack(
                 seed = derive(options.seed, "defense")
                 rows = mix_safe(rows, safe.dataset, count=count, replace=replaces, seed=seed)
     if options.build_only:
-        if rank() == 0:
+        if process_index() == 0:
             run.finish(outputs=["attack_set.jsonl"], counts=counts, extra={"notice": NOTICE})
             say(f"attack set of {counts['samples']} rows: {run.path('attack_set.jsonl')}")
         return None

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pharmacist.core.console import named
-from pharmacist.core.env import rank as process
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import atomic_path, remove, write_text
 from pharmacist.core.hashing import sha256_file
@@ -66,7 +66,7 @@ def curate(options: CurateOptions) -> Ranking | None:
         ranking = _rank(inputs, run)
         ranking._scratch = scratch
         barrier()  # the first process removes the partial state that the others still read
-        if process() != 0:
+        if process_index() != 0:
             return None
         name = f"selected.{form}"
         selected = ranking.table["row"][ranking.table["selected"]].tolist()
@@ -120,7 +120,7 @@ def select(options: SelectOptions) -> Path:
     scores = sha256_file(Path(options.ranking) / "scores.parquet")
     with SELECT.open(options, inputs={"ranking": scores, "pool": manifest["inputs"]["pool"]}) as run:
         path = run.path("selected.jsonl")
-        if process() == 0 and not run.complete:
+        if process_index() == 0 and not run.complete:
             with run.phase("select"):
                 chosen = chosen_rows(table, manifest["config"], options)
                 rows = table["row"].to_numpy()[chosen]

@@ -16,7 +16,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.config import from_mapping
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.files import read_json, write_json
 from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console, print_table, warn
@@ -67,7 +67,7 @@ def demo(options: DemoOptions, grid: Mapping[str, Any] = GRID) -> DemoResult:
                     if outcome.error is not None:
                         raise outcome.error
             result = DemoResult(_summarise(options, plan, list(collect(plan))), run.root)
-            if rank() == 0:
+            if process_index() == 0:
                 # Those of the rankings stand beside the ranking.
                 for warning in stage_warnings(stage for stage in plan.stages.values() if stage.kind != "rank"):
                     warn(warning)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pharmacist.core.console import plain
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import read_json_lines
 from pharmacist.core.hashing import sha256_file
@@ -35,7 +35,7 @@ def known_labels(options: KnownLabelsOptions) -> Path:
     inputs = {"to_label": sha256_file(Path(options.ranking) / "to_label.jsonl"), "labels": sha256_file(options.labels)}
     with KNOWN_LABELS.open(options, inputs=inputs) as run:
         path = run.path("labels.json")
-        if rank() == 0 and not run.complete:
+        if process_index() == 0 and not run.complete:
             with run.phase("label"):
                 known = read_entries(options.labels, pool, scores["row"].to_numpy(), where=f"labels {options.labels}")
                 rows = [row["row"] for row in asked]

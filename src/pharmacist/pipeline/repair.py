@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_json, write_text
 from pharmacist.core.progress import print_table
@@ -91,7 +91,7 @@ def _repair(
         plan = chosen.plan(tuned, references)
         changes = apply(tuned, plan)
     metrics = _metrics(changes)
-    if rank() != 0:
+    if process_index() != 0:
         return loaded.model
     found = {"method": name, "form": form, "continued": continued, "findings": plan.findings}
     write_json(run.path("repair.json"), found | {"changes": [asdict(change) for change in changes]})

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import datasets
 
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.naming import flag
 from pharmacist.core.options import RowOptions
 from pharmacist.core.progress import say
@@ -75,7 +75,7 @@ def read(
         columns = there if columns.keys() - there.keys() <= OPTIONAL else None
     return read_records(
         source,
-        work_dir=f"{work}-{rank()}",
+        work_dir=f"{work}-{process_index()}",
         columns=columns,
         side="rejected" if harmful else "chosen",
         on_bad_row=options.on_bad_row,
@@ -128,7 +128,7 @@ def tokenise(
         on_long_prompt=options.on_long_prompt,
         on_bad_row=options.on_bad_row,
         max_length=min(options.max_length or loaded.max_length, loaded.max_length),
-        work_dir=run.work("data", f"{name}-{rank()}"),
+        work_dir=run.work("data", f"{name}-{process_index()}"),
         name=where,
     )
     lost = {

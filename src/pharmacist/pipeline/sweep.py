@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import ConfigError, DivergedError
 from pharmacist.core.files import read_json, write_json, write_text
 from pharmacist.core.inputs import check_outside
@@ -96,7 +96,7 @@ def sweep(options: SweepOptions) -> SweepResult:
             result = SweepResult(read_json(run.path("sweep.json")), run.root)
         else:
             result = _sweep(points, options, run)
-        if rank() == 0:
+        if process_index() == 0:
             _show(result)
         return result
 
@@ -253,7 +253,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     failed = "answers or verdicts failed; the metrics cover the rest, and the same command requests them again"
     for warning in [*stage_warnings(sweep.stages.values()), *([failed] if partial else [])]:
         warn(warning)
-    if rank() == 0:
+    if process_index() == 0:
         write_json(run.path("sweep.json"), summary)
         _write_table(run.path("sweep.parquet"), summary)
         write_text(run.path("sweep.md"), markdown(summary))

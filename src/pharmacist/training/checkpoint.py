@@ -10,7 +10,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.core.files import read_json, remove, sync, write_json
 from pharmacist.core.progress import say
@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             f"{folder}: no checkpoint in it is intact, {complete[0].name} and all before it are damaged; delete this "
             "folder, and the same command begins the training again"
         )
-    if rank() == 0:
+    if process_index() == 0:
         damaged = complete[: complete.index(whole)] if whole is not None else []
         for path in damaged:
             say(f"{path}: is damaged; the training continues from the checkpoint before it")

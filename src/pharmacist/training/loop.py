@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, NoMatchError, one_line
 from pharmacist.core.files import write_text
 from pharmacist.core.progress import Bar, bar
@@ -233,7 +233,7 @@ class Training:
             phase.tokens = result.tokens
             phase.extra["peak_memory"] = max(memory.megabytes(), phase.extra.get("peak_memory", 0.0))
         barrier()
-        if rank() == 0:
+        if process_index() == 0:
             write_text(run.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in result.log))
             final = result.log[-1]["loss"] if result.log else None
             loss = {"final training loss": "not logged" if final is None else f"{final:.4f}"}

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
 from pharmacist.core.console import markdown
-from pharmacist.core.env import rank, versions
+from pharmacist.core.env import process_index, versions
 from pharmacist.core.files import atomic_folder, show_in, write_text
 from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
@@ -120,7 +120,7 @@ def save_model(
     adapter merged into the weights. Where the whole model is written, `loaded` becomes it if this is the `last` time;
     else a copy is merged. Returns the names of the folders.
     """
-    if rank() != 0:
+    if process_index() != 0:
         return []
     model: Any = loaded.model
     written, adapter = [], writes_adapter(loaded)
@@ -189,6 +189,6 @@ def finish(
 
 def say_done(run: RunDir, text: str) -> None:
     """Prints the last lines of a stage: what was done, and how to measure it."""
-    if rank() == 0 and run.temporary is None:
+    if process_index() == 0 and run.temporary is None:
         following = f"next: pharmacist evaluate --model {quote(str(run.root))} --prompts PROMPTS --output-dir DIR"
         say(f"{text}\n{following}")

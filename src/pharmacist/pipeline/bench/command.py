@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pharmacist.core.console import plain
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.progress import bar, print_table, say, warn
@@ -62,7 +62,7 @@ def bench(options: BenchOptions) -> BenchResult:
         _warn(plan)
         _show_costs(plan, waiting)
         return BenchResult([], [], root)
-    if waiting and rank() == 0:
+    if waiting and process_index() == 0:
         _mark_unfinished(root)
     with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages))}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
@@ -86,7 +86,7 @@ def bench(options: BenchOptions) -> BenchResult:
                         break
         finally:
             failed = {outcome.stage: outcome.error for outcome in ended if outcome.error is not None}
-            rows = _write(plan, run, failed) if rank() == 0 else []
+            rows = _write(plan, run, failed) if process_index() == 0 else []
         if failed:
             first, error = next(iter(failed.items()))
             skipped = sum(outcome.skipped for outcome in ended)
@@ -96,7 +96,7 @@ def bench(options: BenchOptions) -> BenchResult:
             text += f", {left} were not started" if left else ""
             text += f"; the same command runs again what is missing; {first}: {_one_line(error)}"
             raise StagesFailed(text, list(failed.values()))
-        if rank() == 0 and not plan.waiting():
+        if process_index() == 0 and not plan.waiting():
             outputs = ("results.parquet", "verdicts.parquet", *_PAGES, "stages", "data")
             run.finish(outputs=[name for name in outputs if run.path(name).exists()])
         page = f"\nreport {root}/report.html" if rows else ""
@@ -106,7 +106,7 @@ def bench(options: BenchOptions) -> BenchResult:
 
 def _warn(plan: Plan) -> None:
     """Prints in the first process what speaks against trusting the results before any is there."""
-    for warning in [*plan.warnings, *shared_prompts(plan)] if rank() == 0 else ():
+    for warning in [*plan.warnings, *shared_prompts(plan)] if process_index() == 0 else ():
         warn(warning)
 
 

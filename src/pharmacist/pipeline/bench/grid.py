@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pharmacist.attacks import ATTACKS
 from pharmacist.core.config import from_mapping, underscored
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, ConfigError
 from pharmacist.core.files import write_text
 from pharmacist.core.hashing import sha256_json
@@ -129,7 +129,7 @@ class Plan:
 
         Files that are there are written again: the stages' keys say what is in them, whoever has changed them since.
         """
-        if rank() == 0:
+        if process_index() == 0:
             for path, text in self.data.texts.items():
                 write_text(path, text)
         barrier()

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pharmacist.core.env import rank, world_size
+from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import BusyError, DivergedError, OtherRunError
 from pharmacist.core.files import atomic_folder
 from pharmacist.core.hashing import sha256_json
@@ -218,7 +218,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
 def _take_answers(other: Stage, stage: Stage) -> None:
     """Begins an evaluation with the answers of another one, so that none is generated twice."""
     manifest = other.manifest
-    if rank() != 0 or manifest is None or manifest.status != "success":
+    if process_index() != 0 or manifest is None or manifest.status != "success":
         return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_folder(stage.folder) as folder:

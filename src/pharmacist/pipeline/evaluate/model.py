@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from pharmacist.core.console import plain
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.files import atomic_write, read_json, read_json_lines, remove, write_json
 from pharmacist.core.naming import flag
 from pharmacist.core.progress import say, warn
@@ -38,7 +38,7 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             summarise(metrics, run.root, options)
             return metrics
         found = _evaluate(inputs, run)
-        if rank() == 0:
+        if process_index() == 0:
             with atomic_write(run.path("items.jsonl")) as file:
                 file.writelines(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in found.items)
             write_json(run.path("metrics.json"), found.metrics)

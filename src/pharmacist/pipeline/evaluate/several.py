@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pharmacist.core.console import plain
-from pharmacist.core.env import rank
+from pharmacist.core.env import process_index
 from pharmacist.core.errors import DataError
 from pharmacist.core.files import read_json, read_json_lines, write_json
 from pharmacist.core.hashing import sha256_file, sha256_json
@@ -62,7 +62,7 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
                 found[name] = evaluate_model(own)
         if run.complete and not output_files(run.root, [*found]).items() <= run.manifest.files.items():
             run.begin_again()  # a model's own run was made again, with other references say
-        if rank() == 0:
+        if process_index() == 0:
             write_json(run.path("metrics.json"), found)
         partial = any(read_manifest(run.path(name)).status == "partial" for name in found)
         run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)
@@ -115,7 +115,7 @@ def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
         else:
             a, b = (read_json_lines(folder / "items.jsonl") for folder in folders)
             found = compare(a, b, *(read_json(folder / "metrics.json") for folder in folders))
-            if rank() == 0:
+            if process_index() == 0:
                 write_json(run.path("metrics.json"), found)
             run.finish(outputs=["metrics.json"], metrics=found, extra={"models": models})
         _show_differences(found, models)
