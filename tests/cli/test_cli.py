@@ -160,7 +160,7 @@ def test_bad_usage_is_2(pool: dict[str, str], tmp_path: Path, capsys: pytest.Cap
         ("--max-steps", "--train.max_steps"),
         ("--per-device-train-batch-size", "--train.per_device_train_batch_size"),
         ("--epochs", "--train.num_train_epochs"),
-        ("--alpha", "--lora.alpha"),
+        ("--alpha", "--lora.alpha' or '--train.neftune_noise_alpha"),
     ):
         assert main(["align", given, "3"]) == 2
         assert f"unknown option '{given}'; did you mean '{near}'?" in one_line(capsys)

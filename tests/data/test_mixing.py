@@ -84,9 +84,9 @@ def test_overlap():
     found = shared_prompts(BENIGN, b)
     assert found.tolist() == [0, 2, 3] and found.dtype == np.int64
     assert shared_prompts(BENIGN.select([]), b).tolist() == shared_prompts(BENIGN, b.select([])).tolist() == []
-    with pytest.raises(DataError, match=r"^--safe: 3 of 4 rows share a prompt with --pool \(row 0, 4, 6\); delete"):
+    with pytest.raises(DataError, match=r"^--safe: 3 of 4 rows share a prompt with --pool \(rows 0, 4, 6\); delete"):
         assert_disjoint(BENIGN, b, names=("--pool", "--safe"))
     assert_disjoint(BENIGN, HARMFUL, names=("a", "b"))
     many = BENIGN.select(range(50))
-    with pytest.raises(DataError, match=r"50 of 50 .*row 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, \.\.\.\)"):
+    with pytest.raises(DataError, match=r"50 of 50 .*rows 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, \.\.\.\)"):
         assert_disjoint(BENIGN, many, names=("a", "b"))

@@ -561,7 +561,7 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     # What is asked for already is no remedy, and rows that were skipped are not what stops the others.
     with pytest.raises(DataError, match="the chat template rejects .*; delete them or choose"):
         encode(records.dataset.select([1]), tokenizer, template, max_length=64, on_bad_row="skip")
-    with pytest.raises(DataError, match=r"^the prompt alone fills all 2 tokens in 2 rows \(row 0, 3\)"):
+    with pytest.raises(DataError, match=r"^the prompt alone fills all 2 tokens in 2 rows \(rows 0, 3\)"):
         encode(records.dataset, tokenizer, template, max_length=2, on_bad_row="skip")
 
 

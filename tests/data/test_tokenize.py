@@ -79,8 +79,8 @@ def test_truncation_is_counted_and_overlong_prompts_are_refused():
     assert (encoded.prompt_lengths < encoded.lengths).all()
     with pytest.raises(DataError) as error:
         encode(rows, tokenizer, CHAT, max_length=8)
-    assert str(error.value).startswith("the prompt alone fills all 8 tokens in 2 rows (row 5, 6); shorten")
-    with pytest.raises(DataError, match=r"in 7 rows \(row 0, 1, 2"):
+    assert str(error.value).startswith("the prompt alone fills all 8 tokens in 2 rows (rows 5, 6); shorten")
+    with pytest.raises(DataError, match=r"in 7 rows \(rows 0, 1, 2"):
         encode(rows, tokenizer, CHAT, max_length=3)
     with pytest.raises(DataError, match="no row is left"):
         encode(rows, tokenizer, CHAT, max_length=3, on_long_prompt="skip")
@@ -90,7 +90,7 @@ def test_truncation_is_counted_and_overlong_prompts_are_refused():
 
 def test_refused_rows_are_named_by_their_number_in_the_source():
     rows = to_dataset([{"row": 100 + i, "prompt": "how " * 20, "completion": "no"} for i in range(12)])
-    with pytest.raises(DataError, match=r"12 rows \(row 100, 101, .*, 109, \.\.\.\)"):
+    with pytest.raises(DataError, match=r"12 rows \(rows 100, 101, .*, 109, \.\.\.\)"):
         encode(rows, tiny_tokenizer(), CHAT, max_length=8)
 
 

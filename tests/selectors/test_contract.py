@@ -213,7 +213,7 @@ def test_rows_whose_score_is_not_finite_are_named() -> None:
         def rank(self, context: SelectionContext) -> Scores:
             return Scores(np.array([0.5, np.nan, 2.0, -np.inf, 1.0]))
 
-    with pytest.raises(DataError, match=r"^row 1, 3: the score is not finite; try dtype float32"):
+    with pytest.raises(DataError, match=r"^rows 1, 3: the score is not finite; try dtype float32"):
         ph.rank([{"prompt": "a", "completion": word} for word in "bcdef"], selector=Broken())
 
 

@@ -59,7 +59,8 @@ NAMED_ROWS = 10
 
 def named(rows: Sequence[int]) -> str:
     """Rows as a message names them, by their numbers."""
-    return f"row {', '.join(map(str, rows[:NAMED_ROWS]))}" + (", ..." if len(rows) > NAMED_ROWS else "")
+    numbers = ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
+    return f"{'row' if len(rows) == 1 else 'rows'} {numbers}"
 
 
 def by_reason(reasons: Mapping[str, str], count: int, form: str = "{} {}") -> str:
