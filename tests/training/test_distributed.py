@@ -56,5 +56,5 @@ def test_both_processes_stop_where_one_diverges(model: Path, tmp_path: Path) -> 
         assert found["message"] == second[name]["message"]
         assert found["then"] == second[name]["then"] == "together"
     # The rows are those of the process that met it.
-    assert f"(row {', '.join(map(str, second['Main']['rows']))})" in first["Main"]["message"]
+    assert f"(rows {', '.join(map(str, second['Main']['rows']))})" in first["Main"]["message"]
     assert not {*first["Main"]["rows"]} & {*second["Main"]["rows"]}

@@ -324,7 +324,7 @@ def test_what_is_not_finite_stops_before_the_weights_move(model: Path, tmp_path:
     assert same(poison.before, own.weights())
     # It names the rows that were read for this update, and no others.
     third = numbers.batches[4:5] if what == "loss" else numbers.batches[4:6]
-    named = re.search(r"\(row ([\d, ]+)\)", str(caught.value))
+    named = re.search(r"\(rows? ([\d, ]+)\)", str(caught.value))
     assert named and [int(row) for row in named[1].split(", ")] == sum(third, [])
 
 
