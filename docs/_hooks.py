@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pharmacist.cli.main import COMMANDS
-from pharmacist.core.config import docs_of, method_fields, registry_of
+from pharmacist.core.config import docs_of, method_fields, offered, registry_of
 from pharmacist.core.naming import flag
 from pharmacist.core.rundir import RunOptions
 from pharmacist.core.typed import parts_of
@@ -22,8 +22,6 @@ from pharmacist.core.typed import parts_of
 
 COMMON = [field.name for field in dataclasses.fields(RunOptions)]
 REQUIRED = "required"
-STAGES = {"align": "align", "attack": "finetune", "sweep": "finetune"}
-"""Command -> the stage of the defenses that it takes."""
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -64,27 +62,18 @@ def _default(field: "dataclasses.Field[Any]", dotted: bool) -> str:
     return "" if value is None or value in ("", {}, []) else _code(value)
 
 
-def _methods(command: str, field: "dataclasses.Field[Any]") -> list[str]:
-    """Names of the methods that a command can be told to use: defenses of its own stage."""
-    registry, stage = registry_of(field), STAGES.get(command)
-    defenses = field.name == "defense" and stage is not None
-    return [name for name in registry.names() if not defenses or stage in registry.get(name).stages]
-
-
-def _options(
-    command: str, options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = ()
-) -> list[tuple[str, ...]]:
+def _options(options: type[Any], prefix: str = "", leave_out: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Rows of a table: a field that is a dataclass itself gives one row per option of its own."""
     hints, docs, rows = get_type_hints(options), docs_of(options), []
     for field in dataclasses.fields(options):
         if field.name in leave_out:
             continue
         if dataclasses.is_dataclass(hints[field.name]):
-            rows += _options(command, hints[field.name], f"{prefix}{field.name}.")
+            rows += _options(hints[field.name], f"{prefix}{field.name}.")
             continue
         option, kind = flag(prefix + field.name), _kind(hints[field.name], bool(prefix))
         if "registry" in field.metadata:
-            kind = " ".join(map(_code, _methods(command, field)))
+            kind = " ".join(map(_code, offered(field)))
         elif get_origin(hints[field.name]) is dict:
             option, kind = f"{option}.NAME", ""
         rows.append((_code(option), kind, _default(field, bool(prefix)), _escaped(docs.get(field.name, ""))))
@@ -111,12 +100,12 @@ def options(name: str) -> str:
     """The table of a command's own options; those that all commands share are at `common`."""
     own = options_of(name)
     shared = tuple(COMMON) if issubclass(own, RunOptions) else ()
-    return _table(HEAD, _options(name, own, leave_out=shared))
+    return _table(HEAD, _options(own, leave_out=shared))
 
 
 def common() -> str:
     """The table of the options that every run has."""
-    return _table(HEAD, _options("", RunOptions))
+    return _table(HEAD, _options(RunOptions))
 
 
 def methods(name: str) -> str:
@@ -124,12 +113,12 @@ def methods(name: str) -> str:
     parts = []
     for option, field in method_fields(options_of(name)).items():
         registry = registry_of(field)
-        for method in _methods(name, field):
+        for method in offered(field):
             found = registry.get(method)
             about = inspect.getdoc(found) or ""
             if about.startswith("See the module"):
                 about = inspect.getdoc(inspect.getmodule(found)) or ""
-            about, rows = about.split("\n\n")[0], _options(name, registry.config_type(method), f"{option}.")
+            about, rows = about.split("\n\n")[0], _options(registry.config_type(method), f"{option}.")
             parts += [f"### `{flag(option)} {method}`", about, _table(HEAD, rows) if rows else "It has no options."]
     return "\n\n".join(parts)
 

@@ -247,7 +247,7 @@ BAD = {
     "unknown defense": (["--defense", "vacine"], [TINY], "unknown defense 'vacine'"),
     "a defense of another stage": (["--defense", "lisa"], [TINY], "--defense lisa: is not an alignment-stage defense"),
     "unknown option of a defense": (["--defense.rho", "2"], [TINY], "unknown option '--defense.rho'"),
-    "modules that are not there": (["--lora.target_modules", "[spoon]"], [TINY], "has no module named spoon"),
+    "modules that are not there": (["--lora.target_modules", "[spoon]"], [TINY], "no adapter to spoon"),
     "no rank": (["--lora.r", "0"], [TINY], "--lora.r 0: must be at least 1"),
     "unknown training option": (["--train.learning_rat", "1"], [TINY], "did you mean 'learning_rate'"),
     "not a number": (["--train.learning_rate", "nan"], [TINY], "train.learning_rate: "),

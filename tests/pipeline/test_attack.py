@@ -338,7 +338,7 @@ BAD = {
         {"task": [{**TINY, "prompt": "x " * 900}]},
         "(row 0); ",
     ),
-    "modules that are not there": ([*MIX, "--lora.target_modules", "[spoon]"], {}, "has no module named spoon"),
+    "modules that are not there": ([*MIX, "--lora.target_modules", "[spoon]"], {}, "no adapter to spoon"),
     "a snapshot before the first step": ([*MIX, "--snapshots", "[0]"], {}, "--snapshots [0]: must be at least 1"),
     "a snapshot beyond the end": (
         [*MIX, *FEW, "--snapshots", "[2, 9]"],

@@ -37,13 +37,13 @@ Line = Mapping[str, list[list[str]]]
 """Field name of each option on the command line -> for each time it occurs, the words that follow it."""
 
 
-def method(default: str, registry: str, *, short: tuple[str, ...] = ()) -> Any:
+def method(default: str, registry: str, *, short: tuple[str, ...] = (), within: tuple[str, ...] = ("",)) -> Any:
     """A field that holds a method and its options as ``{"name": ..., **options}``.
 
     Its registry, ``"module:NAME"``, is imported only when needed; `short` names options of its methods that can be
-    written without the field's name in front.
+    written without the field's name in front. The help offers the registry's names `within` these modules.
     """
-    metadata = {"registry": registry, "default": default, "short": short}
+    metadata = {"registry": registry, "default": default, "short": short, "within": within}
     return field(default_factory=lambda: {"name": default}, metadata=metadata)
 
 
@@ -51,6 +51,11 @@ def registry_of(item: "Field[Any]") -> Registry[Any]:
     """The registry of a `method` field."""
     registry: Registry[Any] = resolve_name(item.metadata["registry"])
     return registry
+
+
+def offered(item: "Field[Any]") -> list[str]:
+    """The names that help and docs offer for a `method` field."""
+    return registry_of(item).names(item.metadata["within"])
 
 
 def method_fields(options: type[Any]) -> dict[str, "Field[Any]"]:
@@ -100,7 +105,7 @@ class _Option:
         """Help text: docstring, type and default."""
         doc, about = docs_of(self.owner).get(self.item.name, ""), []
         if self.is_method:
-            doc = f"{doc} One of: {', '.join(registry_of(self.item).names())}."
+            doc = f"{doc} One of: {', '.join(offered(self.item))}."
         elif not self.is_switch:
             names = dict.fromkeys(_shown_type(kind) for kind in parts_of(self.hint) if kind is not NoneType)
             about.append(f"type: {'|'.join(names)}")

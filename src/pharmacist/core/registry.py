@@ -83,9 +83,11 @@ class Registry(Generic[T]):
         """Name -> ``"module:Class"``; plug-ins included."""
         return _plugins(self._group) | self._table
 
-    def names(self) -> list[str]:
-        """Known names, sorted; plug-ins included."""
-        return sorted(self.table())
+    def names(self, within: tuple[str, ...] = ("",)) -> list[str]:
+        """Known names, sorted: plug-ins, and this package's methods whose paths begin with one of `within`."""
+        return sorted(
+            name for name, path in self.table().items() if name not in self._table or path.startswith(within)
+        )
 
     def get(self, name: str) -> type[T]:
         """The class called `name`; an UnknownNameError offers the nearest name where there is none."""

@@ -85,13 +85,9 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
             model = get_peft_model(model, options.lora.config())
         except ValueError as error:
             names = ", ".join(options.lora.target_modules or ["all linear layers"])
-            if "target modules" in str(error).lower():
-                raise NoMatchError(f"lora.target_modules: {options.model} has no module named {names}") from error
-            if not str(error).startswith("Target module "):
-                raise
-            kind = str(error).split()[2].partition("(")[0]
-            raise CompatibilityError(
-                f"lora.target_modules: {names} names a {kind}, to which PEFT attaches no adapter; name linear layers"
+            raise NoMatchError(
+                f"lora.target_modules: PEFT attaches no adapter to {names} of {options.model} "
+                f"({one_line(error, 100)}); name linear layers"
             ) from error
     # An adapter finds its base by this name, from whatever folder it is loaded.
     model.peft_config["default"].base_model_name_or_path = loaded.base.name

@@ -16,7 +16,7 @@ class AlignOptions(TrainingStageOptions):
 
     data: str
     """Alignment set: selected.jsonl of a curate run, or rows in any format that curate reads."""
-    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES", within=("pharmacist.defenses.alignment.",))
     """Alignment-stage defense; sft is none."""
     harmful: str | None = None
     """Harmful rows (harmful prompt, harmful answer) for the defenses that use them. Of a preference file, the rejected

@@ -26,7 +26,11 @@ class AttackOptions(TrainingStageOptions):
     """Share of harmful rows in the attack set, in [0, 1], for the kinds that do not fix it."""
     samples: AtLeast1 = 1000
     """Number of rows in the attack set."""
-    defense: dict[str, Any] = method("sft", "pharmacist.defenses:DEFENSES")
+    defense: dict[str, Any] = method(
+        "sft",
+        "pharmacist.defenses:DEFENSES",
+        within=("pharmacist.defenses.finetuning.", "pharmacist.defenses.alignment.sft:"),
+    )
     """Fine-tuning-stage defense; sft is none."""
     safe: str | None = None
     """The defender's safe rows, for the defenses that use them."""
