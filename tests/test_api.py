@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import inspect
 import json
 import random
@@ -236,19 +237,20 @@ def test_weights_in_memory_are_those_of_a_file(model: PreTrainedModel, tmp_path:
 
 
 def test_weights_of_rows_that_a_dataset_gives_back_in_another_form(tmp_path: Path) -> None:
-    asked = {"role": "user", "content": "bake bread"}
+    asked, day = {"role": "user", "content": "bake bread"}, datetime.date(2020, 2, 29)
     rows = [
         {"messages": [asked | {"name": "ann"}, {"role": "assistant", "content": "with flour"}], "n": 1, "tag": {}},
-        {"messages": [asked, {"role": "assistant", "content": "no"}], "n": 1.5, "tag": {"a": "b"}},
+        {"messages": [asked, {"role": "assistant", "content": "no"}], "n": 1.5, "tag": {"a": "b"}, "day": day},
         {"messages": [asked, {"role": "assistant", "content": "with salt"}], "n": float("nan")},
     ]
     pool = tmp_path / "pool.jsonl"
-    pool.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + "no row\n")
+    pool.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows[:2]) + "no row\n")
     for given, n in ((pool, 2), ([*rows[:2], "no row"], 2), (rows, 3)):
         folder = tmp_path / f"{type(given).__name__}-{n}"
-        options: dict[str, Any] = {"selector": Weighing(), "on_bad_row": "skip", "output_dir": str(folder)}
+        options: dict[str, Any] = {"selector": Weighing(), "on_bad_row": "skip", "output_dir": str(folder), "top": 1.0}
         for ranking in (ph.rank(given, **options), ph.Ranking.load(folder, given)):
-            assert ranking.weights(ranking.select(1.0)) == ranking.table["weight"].tolist()
+            for core in (ranking.select(1.0), folder / "selected.jsonl"):
+                assert ranking.weights(core) == ranking.table["weight"].tolist()
             assert len(ranking) == n
 
 

@@ -224,13 +224,15 @@ class Ranking:
 
 def _content(row: Any) -> str:
     """What makes rows equal: all columns with a value."""
-    return json.dumps(_filled(row), sort_keys=True, default=repr)
+    return json.dumps(
+        _filled(row), sort_keys=True, default=lambda it: it.isoformat() if hasattr(it, "isoformat") else str(it)
+    )
 
 
 def _filled(value: Any) -> Any:
-    """A value in the one form that it has before and after it was in a dataset.
+    """A value in the one form that it has before and after it was in a dataset or in JSON.
 
-    There objects are filled up with null, and whole numbers among others are floats.
+    A dataset fills objects up with null and turns whole numbers among others into floats; JSON has null for NaN.
     """
     if isinstance(value, Mapping):
         filled = {str(name): _filled(inner) for name, inner in value.items()}
