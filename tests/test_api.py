@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import inspect
 import json
 import random
@@ -219,6 +220,7 @@ def test_weights_in_memory_are_those_of_a_file(model: PreTrainedModel, tmp_path:
     twice = ph.rank(SETS["pool"][:2] * 2, selector=Weighing())
     assert twice.weights(SETS["pool"][:2] * 2) == twice.table["weight"].tolist()
     assert twice.weights(SETS["pool"][:1] * 3)[1:] == [twice.table["weight"][2]] * 2
+    assert same(aligned(model, core, weights=(weight for weight in numbers)), folder)
     plain = ph.rank(SETS["pool"], selector="length")
     for wrong, message in [
         (plain, "weights: the ranking has none; rank the pool with a selector that gives rows weights"),
@@ -232,6 +234,24 @@ def test_weights_in_memory_are_those_of_a_file(model: PreTrainedModel, tmp_path:
     ]:
         with pytest.raises(PharmacistError, match=message):
             aligned(model, core, weights=wrong)
+
+
+def test_weights_of_rows_that_a_dataset_gives_back_in_another_form(tmp_path: Path) -> None:
+    asked, day = {"role": "user", "content": "bake bread"}, datetime.date(2020, 2, 29)
+    rows = [
+        {"messages": [asked | {"name": "ann"}, {"role": "assistant", "content": "with flour"}], "n": 1, "tag": {}},
+        {"messages": [asked, {"role": "assistant", "content": "no"}], "n": 1.5, "tag": {"a": "b"}, "day": day},
+        {"messages": [asked, {"role": "assistant", "content": "with salt"}], "n": float("nan")},
+    ]
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows[:2]) + "no row\n")
+    for given, n in ((pool, 2), ([*rows[:2], "no row"], 2), (rows, 3)):
+        folder = tmp_path / f"{type(given).__name__}-{n}"
+        options: dict[str, Any] = {"selector": Weighing(), "on_bad_row": "skip", "output_dir": str(folder), "top": 1.0}
+        for ranking in (ph.rank(given, **options), ph.Ranking.load(folder, given)):
+            for core in (ranking.select(1.0), folder / "selected.jsonl"):
+                assert ranking.weights(core) == ranking.table["weight"].tolist()
+            assert len(ranking) == n
 
 
 def test_a_ranking_with_a_folder_is_kept_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
-import numpy as np
 import pandas as pd
 import torch
 from docstring_parser import parse_from_object
@@ -445,10 +444,11 @@ def _weights(weights: Any, data: Any) -> Any:
     """Weights of the rows of `data` as a stage's options hold them: a path, or a row for each of those."""
     if isinstance(weights, str | os.PathLike):
         return weights
-    numbers = weights.weights(data) if isinstance(weights, Ranking) else weights
+    numbers: Any = weights.weights(data) if isinstance(weights, Ranking) else weights
     try:
-        own = [{"weight": float(weight)} for weight in np.asarray(numbers, dtype=np.float64).tolist()]
-        return open_source(own, name="weights")
+        if isinstance(numbers, Mapping):  # it would be read by its keys
+            raise TypeError
+        return open_source([{"weight": float(number)} for number in numbers], name="weights")
     except (TypeError, ValueError) as error:
         shown = cut(repr(weights))
         raise ConfigError(f"weights: must be a path, a Ranking or a number for each row, not {shown}") from error

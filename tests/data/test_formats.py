@@ -16,6 +16,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.hashing import sha256_file
 from pharmacist.data.formats import json_array, open_source, write_rows
 from pharmacist.data.formats import text as text_files
+from pharmacist.data.where import Condition
 from tests.support.files import SUFFIXES, TEXTS, compress, made_rows, save
 
 
@@ -165,6 +166,13 @@ def test_messages_in_memory_may_be_in_tuples_and_arrays(tmp_path):
     rows = [*pd.read_parquet(tmp_path / "pool.parquet").to_dict("records"), {"messages": tuple(turns)}]
     assert isinstance(rows[0]["messages"], np.ndarray)
     assert read(rows) == [{"messages": turns}, {"messages": turns}]
+
+
+def test_numbers_of_numpy_in_memory_are_numbers():
+    kinds = (np.int64(3), np.float32(0.5), np.bool_(True), np.array([1, 2]), np.str_("a"), 3)
+    (row,) = read([{f"c{i}": value for i, value in enumerate(kinds)}])
+    assert list(map(repr, row.values()))[:4] == ["3", "0.5", "True", "[1, 2]"]
+    assert Condition("c0", "3").holds(row) and Condition("c2", "true").holds(row) and Condition("c4", "a").holds(row)
 
 
 def test_images_are_read_as_bytes(tmp_path):

@@ -552,12 +552,15 @@ def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
     ):
         encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="fail", name="--data f")
     encoded = encode(records.dataset, tokenizer, template, max_length=64, on_bad_row="skip")
-    assert encoded.dataset["row"][:] == [0, 3] and list(encoded.not_rendered) == [2, 4]
+    assert encoded.dataset["row"][:] == [0, 3] and [row for row, _ in encoded.not_rendered] == [2, 4]
     left = rendered_rows(records, tokenizer, template, "skip")
     assert left.row_numbers.tolist() == [0, 3] and [row.number for row in left.refused] == [1, 2, 4]
     assert "System role not supported" in left.refused[1].reason
     with pytest.raises(DataError, match="--data .*: row 2, 4: the chat template"):
         rendered_rows(records, tokenizer, template, "fail")
+    # Rows of several files may have the same number.
+    twice = datasets.concatenate_datasets([records.dataset] * 2)
+    assert len(encode(twice, tokenizer, template, max_length=64, on_bad_row="skip").not_rendered) == 4
     # What is asked for already is no remedy, and rows that were skipped are not what stops the others.
     with pytest.raises(DataError, match="the chat template rejects .*; delete them or choose"):
         encode(records.dataset.select([1]), tokenizer, template, max_length=64, on_bad_row="skip")

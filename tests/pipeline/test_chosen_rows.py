@@ -7,8 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import pharmacist as ph
 from pharmacist.cli.main import main
+from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
+from pharmacist.selectors.base import Scores, SelectionContext
 from pharmacist.worlds import BASE_MODEL, World
 from tests.support.tiny import save_tiny_model
 from tests.support.world_files import curate_words, write_rows, write_world
@@ -144,6 +147,27 @@ def test_rows_that_the_chat_template_refuses_in_curate(tmp_path: Path, capsys: p
     # What does not read the rows with a model has no template that could refuse them.
     assert main(curate_words(pool, tmp_path / "b", "--selector", "length", "--top", "0.5", model=None)) == 0
     assert len(pd.read_parquet(tmp_path / "b/scores.parquet")) == 12
+
+
+def test_references_that_the_chat_template_refuses_are_those_of_one_file(tmp_path: Path) -> None:
+    class Spy(ph.LengthSelector):
+        needs = frozenset({"safe", "model"})
+
+        def rank(self, context: SelectionContext) -> Scores:
+            found.update(rows=context.references["safe"].row_numbers.tolist(), files=context.sources["safe"].tolist())
+            return super().rank(context)
+
+    found: dict[str, list[int]] = {}
+    rows = World(3).rows("safe", 28)
+    first = [with_system(row) if i == 2 else talk(row) for i, row in enumerate(rows[:8])]
+    second = [with_system(row) if i == 5 else talk(row) for i, row in enumerate(rows[8:16])]
+    given: dict[str, Any] = {"selector": Spy(), "device": "cpu", "model": save_tiny_model(tmp_path / "model")}
+    ranking = ph.rank(rows[16:], safe=[first, second], on_bad_row="skip", **given)
+    assert found["rows"] == [0, 1, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 6, 7] and found["files"] == [0] * 7 + [1] * 7
+    assert ranking.manifest["counts"]["references_safe"] == 14
+    second_file = write_rows(tmp_path / "second.jsonl", second)
+    with pytest.raises(DataError, match=r"^safe \S*second.jsonl: row 5: the chat template leaves out"):
+        ph.rank(rows[16:], safe=[list(map(talk, rows[:8])), second_file], **given)
 
 
 @pytest.mark.parametrize("command", ["align", "attack", "repair"])

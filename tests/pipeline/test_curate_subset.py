@@ -12,7 +12,7 @@ import pharmacist as ph
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import open_source
-from pharmacist.pipeline.choosing import changed_by_labels, shortfall
+from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, shortfall
 from pharmacist.pipeline.curate import SelectOptions, select
 from pharmacist.pipeline.stages.curate import CurateOptions
 from pharmacist.selectors import SELECTORS
@@ -55,6 +55,18 @@ def test_balance_keeps_every_value_and_says_so(files, tmp_path, capfd):
     assert curate(files, tmp_path / "b", "--selector", "length", "--top-k", "12", "--quiet") == 0
     plain = pd.read_parquet(tmp_path / "b" / "scores.parquet")
     assert "group" not in plain and not plain["selected"][30:].any(), "else this proves nothing"
+
+
+def test_balance_is_not_said_to_change_what_other_options_change(capfd):
+    reasons = ["critical", *["duplicate"] * 3, *["low_quality"] * 2, *["critical"] * 2]
+    table = pd.DataFrame({"row": range(8), "score": range(8, 0, -1), "rank": range(1, 9), "reason": reasons})
+    table = table.assign(duplicate_of=[-1, 0, 0, 0, -1, -1, -1, -1], group=list("aaaaccbb"), selected=False)
+    table.loc[[0, 6], "selected"] = True  # the best rows that are neither near-duplicates nor of low quality
+    options = CurateOptions(pool="p", top_k=2, balance="kind", diversity="near-duplicates", output_dir="o")
+    counts = balance_counts(table, options)
+    assert {group: found["by_rank"] for group, found in counts.items()} == {"a": 1, "b": 1, "c": 0}
+    said = capfd.readouterr().err
+    assert "c: none of its 2 rows is selected" in said and said.count("--balance") == 1
 
 
 def test_no_model_is_aligned_on_no_row(files, tmp_path, capfd):

@@ -61,6 +61,8 @@ def test_columns_apply_to_every_file_that_has_them(command: str, tmp_path: Path)
         COMMANDS[command](first, second, overwrite=(tmp_path / "out").exists(), **more)
     with pytest.raises(DataError, match="has no column 'question'"):
         COMMANDS[command](usual, usual, **more | {"output_dir": str(tmp_path / "none")})
+    if command == "curate":  # a ranking that is loaded reads its pool in the same way
+        assert ph.Ranking.load(tmp_path / "out").records.dataset["prompt"][:] == ["bake bread"]
 
 
 def test_columns_of_completions_do_not_hinder_files_of_prompts(tmp_path: Path) -> None:

@@ -154,6 +154,28 @@ def test_a_line_per_row_of_the_file_also_where_rows_are_chosen(
     assert "all weights are 0" in capsys.readouterr().err
 
 
+def test_a_pool_that_was_not_ranked_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, object]] = [row | {"part": i % 2} for i, row in enumerate(World(3).rows("safe", 12))]
+    pool = write_rows(tmp_path / "pool.jsonl", [*rows[:3], {"prompt": "no answer", "part": 1}, *rows[3:]])
+    scores, chosen = tmp_path / "core/scores.parquet", ["--where", "part=1", "--on-bad-row", "skip"]
+    words = ["curate", "--pool", pool, "--selector", "length", *chosen, "--output-dir", str(tmp_path / "core")]
+    assert main([*words, "--quiet"]) == 0
+    table = pd.read_parquet(scores)
+    assert table["row"].tolist() == [1, 4, 6, 8, 10, 12]
+    table.assign(weight=[0.0, 1.0, 2.0, 3.0, 0.0, 0.0]).to_parquet(scores)
+    own = np.zeros(13)
+    own[[4, 6, 8]] = [1.0, 2.0, 3.0]
+    pd.DataFrame({"weight": own}).to_parquet(tmp_path / "own.parquet")
+    given = [aligned(Path(pool), tmp_path / "a", "--weights", str(scores), *chosen)]
+    given.append(aligned(Path(pool), tmp_path / "b", "--weights", str(tmp_path / "own.parquet"), *chosen))
+    assert far(*given) == 0
+    capsys.readouterr()
+    words = ["align", "--data", pool, "--model", str(BASE_MODEL), *SGD, "--weights", str(scores)]
+    assert main([*words, "--on-bad-row", "skip", "--output-dir", str(tmp_path / "c")]) == 2
+    error = capsys.readouterr().err
+    assert "has no weight for rows 0, 2, 5, 7, 9, 11 of --data; choose the rows that were ranked" in error
+
+
 def test_every_alignment_defense_takes_them(ranked: Path, tmp_path: Path) -> None:
     data, weights = ranked / "core/selected.jsonl", ["--weights", str(ranked / "core/scores.parquet")]
     for defense in (["vaccine"], ["booster", "--harmful", str(ranked / "harmful.jsonl")]):

@@ -78,7 +78,13 @@ def test_what_labels_cannot_be(tmp_path, labels, said):
 
 @pytest.mark.parametrize(
     "content, said",
-    [("[]", "holds no labels"), ("3", "write it as"), ("{}", "write it as"), ("{oops", "contains no JSON")],
+    [
+        ("[]", "holds no labels"),
+        ("3", "write it as"),
+        ("{}", "write it as"),
+        ("{oops", "--labels .*labels.json: contains no JSON, .*; write it as"),
+        ('{"row": 1, "label": "good"}\n{"row": 2, "label": "harmful"}\n', "more than one value; write it as"),
+    ],
 )
 def test_what_a_file_of_labels_cannot_be(tmp_path, content, said):
     (tmp_path / "labels.json").write_text(content)

@@ -117,6 +117,14 @@ def columns_in(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
     return {to: name for to, name in columns.items() if name in first or (to in OPTIONAL and source.has(name))}
 
 
+def own_columns(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    """The pairs of ``--columns`` that a source is read by; none, which are the usual names, if it lacks one of the
+    columns that every row needs.
+    """
+    there = columns_in(source, columns)
+    return there if columns.keys() - there.keys() <= OPTIONAL else {}
+
+
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
     """A dataset of canonical rows from mappings; where ``row`` is missing, it is the position."""
     made = [{"row": position, **row, "prompt_key": prompt_key(row["prompt"])} for position, row in enumerate(rows)]

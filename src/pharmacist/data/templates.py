@@ -64,7 +64,7 @@ class Template:
         """
         texts, refused = self.try_render(records, tokenizer)
         if refused:
-            raise DataError(refusal({records[i].get("row", "?"): reason for i, reason in refused.items()}))
+            raise DataError(refusal([(records[i].get("row", "?"), reason) for i, reason in refused.items()]))
         return texts
 
     def try_render(
@@ -120,9 +120,9 @@ class Template:
         return list(tokenizer.apply_chat_template(conversations, **how)) if conversations else []
 
 
-def refusal(rows: Mapping[Any, str], remedy: str = "") -> str:
-    """The message for rows that a chat template refuses: row number -> reason."""
-    what = by_reason({str(row): reason for row, reason in rows.items()}, len(rows), "row {}: {}")
+def refusal(rows: Sequence[tuple[Any, str]], remedy: str = "") -> str:
+    """The message for rows that a chat template refuses: the number and the reason of each."""
+    what = by_reason({str(row): reason for row, reason in rows}, len(rows), "row {}: {}")
     return f"{what}; delete them{remedy} or choose the template alpaca"
 
 

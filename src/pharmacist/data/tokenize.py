@@ -51,7 +51,7 @@ class Encoded:
         truncated: Rows whose completion was cut on the right to fit the length.
         lost_eos: Rows that end without EOS for that reason.
         refused: ``row`` of those left out because their prompt alone fills the length.
-        not_rendered: ``row`` -> reason of those left out because the chat template refuses them.
+        not_rendered: ``row`` and reason of those left out because the chat template refuses them.
         with_control: ``row`` of those with control tokens of the model in their text, which are read as plain text.
         cut_prompts: ``row`` of those whose prompt was shortened to fit the length.
     """
@@ -59,7 +59,7 @@ class Encoded:
     def __init__(self) -> None:
         self.truncated = self.lost_eos = 0
         self.refused: list[int] = []
-        self.not_rendered: dict[int, str] = {}
+        self.not_rendered: list[tuple[int, str]] = []
         self.with_control: list[int] = []
         self.cut_prompts: list[int] = []
 
@@ -155,17 +155,17 @@ def rendered_rows(
 
     `on_bad_row` is that of `encode`; ``skip`` moves the others to `Records.refused`.
     """
-    texts, reasons = _Texts(tokenizer, template), dict[int, str]()
+    texts, reasons = _Texts(tokenizer, template), list[tuple[int, str]]()
     for batch in _batches(records.dataset):
         _, refused = template.try_render(list(map(texts.parted, batch)), tokenizer)
-        reasons |= {batch[position]["row"]: reason for position, reason in refused.items()}
+        reasons += [(batch[position]["row"], reason) for position, reason in refused.items()]
     if not reasons:
         return records
     where = records.source.where
     if on_bad_row != "skip" or len(reasons) == len(records):
         raise DataError(f"{where}: {refusal(reasons, _SKIP if on_bad_row != 'skip' else '')}")
-    left = records.without(np.flatnonzero(np.isin(records.row_numbers, list(reasons))))
-    refused_too = [Row(row, None, None, reason) for row, reason in reasons.items()]
+    refused_too = [Row(row, None, None, reason) for row, reason in reasons]
+    left = records.without(np.flatnonzero(np.isin(records.row_numbers, [row.number for row in refused_too])))
     return replace(left, refused=sorted([*records.refused, *refused_too], key=lambda row: row.number))
 
 
@@ -178,7 +178,7 @@ def _write(counts: Encoded, sink: Any, rows: datasets.Dataset, texts: "_Texts", 
         for batch in _batches(rows):
             parted = list(map(texts.parted, batch))
             rendered, refused = texts.template.try_render(parted, texts.tokenizer)
-            counts.not_rendered |= {batch[position]["row"]: reason for position, reason in refused.items()}
+            counts.not_rendered += [(batch[position]["row"], reason) for position, reason in refused.items()]
             answers = [row["completion"] for row in parted]
             kept: list[tuple[int, npt.NDArray[np.int32], int, int]] = []
             for position, (row, prompt, completion) in enumerate(

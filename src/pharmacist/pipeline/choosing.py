@@ -1,6 +1,7 @@
 """Which rows of a ranking make the core subset."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,11 @@ def changed_by_labels(table: pd.DataFrame, options: CurateOptions, points: Point
 
 def balance_counts(table: pd.DataFrame, options: CurateOptions) -> dict[str, dict[str, int]]:
     """Number of rows, selected rows, and rows that rank alone would select, per group; differences are printed."""
-    best = table.nsmallest(int(table["selected"].sum()), "rank")["group"].value_counts()
-    counts = {}
+    diversity = "none" if options.diversity in SPREAD else options.diversity
+    best = _asked_for(table, replace(options, balance=None, diversity=diversity), None)
+    best_of, counts = table["group"].iloc[best].value_counts(), {}
     for group, rows in table.groupby("group", observed=True):
-        n, selected, by_rank = len(rows), int(rows["selected"].sum()), int(best.get(group, 0))
+        n, selected, by_rank = len(rows), int(rows["selected"].sum()), int(best_of.get(group, 0))
         counts[str(group)] = {"rows": n, "selected": selected, "by_rank": by_rank}
         message = f"{selected} of {n} rows are selected; by rank alone it would be {by_rank}"
         if selected == 0:

@@ -186,7 +186,7 @@ def _rank(inputs: CurateInputs, run: RunDir) -> Ranking:
         "ranked": len(pool),
         "selected": int(table["selected"].sum()),
         "near_duplicates": int((table["duplicate_of"] >= 0).sum()),
-        **{f"references_{name}": len(rows) for name, rows in references.items()},
+        **{f"references_{name}": len(rows) for name, rows in context.references.items()},
     }
     if "pool" in context.encoded:
         own = context.encoded["pool"]

@@ -163,10 +163,8 @@ class CurateInputs:
         """
         before, loaded = context.pool.row_numbers, context.model
         how = (loaded.tokenizer, loaded.template, self.options.on_bad_row)
-        self.records["pool"] = context.pool = rendered_rows(context.pool, *how)
-        context.references = {name: rendered_rows(rows, *how) for name, rows in context.references.items()}
-        if any(len(numbers) != len(context.references[kind]) for kind, numbers in context.sources.items()):
-            context.sources = {}  # it is unknown which sources lost rows: folds are made by prompt
+        self.records = {name: rendered_rows(rows, *how) for name, rows in self.records.items()}
+        context.pool, (context.references, context.sources) = self.records["pool"], self.references()
         if self.groups is not None:
             self.groups = self.groups[np.isin(before, context.pool.row_numbers)]
         self._check_numbers()

@@ -1,6 +1,7 @@
 """The result of a ranking."""
 
 import json
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from pharmacist.core.files import atomic_path, read_json_lines
 from pharmacist.core.manifest import options_in
 from pharmacist.core.naming import naming_arguments
 from pharmacist.data.formats import Source, open_source
-from pharmacist.data.records import Records, parse_columns, read_records
+from pharmacist.data.records import Records, own_columns, parse_columns, read_records
 from pharmacist.data.where import conditions_for
 from pharmacist.evaluation.prompts import category_names
 from pharmacist.pipeline.choosing import Points, choose
@@ -98,7 +99,7 @@ class Ranking:
             found = read_records(
                 self.source,
                 work_dir=self._scratch.name,
-                columns=parse_columns(config["columns"]),
+                columns=own_columns(self.source, parse_columns(config["columns"]) or {}),
                 on_bad_row=config["on_bad_row"],
                 where=conditions_for(config.get("where", []), "pool", self.source),
                 keep=True,
@@ -184,14 +185,12 @@ class Ranking:
         """
         if "weight" not in self.table:
             raise DataError("weights: the ranking has none; rank the pool with a selector that gives rows weights")
-        weights = dict(zip(self.table["row"], self.table["weight"], strict=True))
         known = defaultdict[str, list[float]](list)
-        for number, row in self.source.rows():
-            if number in weights:
-                known[_content(row)].append(weights[number])
+        for row, weight in zip(self.source.pick(self.table["row"]), self.table["weight"], strict=True):
+            known[_content(row.value)].append(weight)
         found = []
-        for number, row in open_source(rows, name="data").rows():
-            if not (own := known.get(_content(row))):
+        for number, values in open_source(rows, name="data").rows():
+            if not (own := known.get(_content(values))):
                 raise DataError(f"weights: row {number} of the data is not in the ranking; give a weight for each row")
             found.append(own.pop(0) if len(own) > 1 else own[0])  # equal rows in turn
         return found
@@ -223,6 +222,23 @@ class Ranking:
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
 
 
-def _content(row: Mapping[str, Any]) -> str:
+def _content(row: Any) -> str:
     """What makes rows equal: all columns with a value."""
-    return json.dumps({name: value for name, value in row.items() if value is not None}, sort_keys=True, default=repr)
+    return json.dumps(
+        _filled(row), sort_keys=True, default=lambda it: it.isoformat() if hasattr(it, "isoformat") else str(it)
+    )
+
+
+def _filled(value: Any) -> Any:
+    """A value in the one form that it has before and after it was in a dataset or in JSON.
+
+    A dataset fills objects up with null and turns whole numbers among others into floats; JSON has null for NaN.
+    """
+    if isinstance(value, Mapping):
+        filled = {str(name): _filled(inner) for name, inner in value.items()}
+        return {name: inner for name, inner in filled.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_filled(inner) for inner in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return value

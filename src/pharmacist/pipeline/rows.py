@@ -13,7 +13,7 @@ from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.layouts import OPTIONAL
-from pharmacist.data.records import Records, columns_in, parse_columns, read_records
+from pharmacist.data.records import Records, columns_in, own_columns, parse_columns, read_records
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.data.where import Condition
 from pharmacist.nn.models import LoadedModel, load_model
@@ -71,8 +71,7 @@ def read(
     if columns is not None and prompts_only:
         columns = {to: name for to, name in columns.items() if to in PROMPT_COLUMNS}
     if columns is not None and usual_names:
-        there = columns_in(source, columns)
-        columns = there if columns.keys() - there.keys() <= OPTIONAL else None
+        columns = own_columns(source, columns)
     return read_records(
         source,
         work_dir=f"{work}-{process_index()}",

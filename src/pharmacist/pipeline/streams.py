@@ -104,9 +104,9 @@ def alignment_streams(
     counts = {"harmful_rows": len(harmful)}
     rows = {"harmful": harmful.dataset, "paired": harmful.dataset}
     if "held_out" in strategy.streams:
-        rows |= _hold_out(harmful.dataset, strategy.held_out, options.seed)
+        rows |= _hold_out(harmful, strategy.held_out, options.seed)
     for name in sorted(rows.keys() & {*strategy.streams}):
-        tokens = tokenise(rows[name], f"tokens-{name}", loaded, options, run, where="--harmful")
+        tokens = tokenise(rows[name], f"tokens-{name}", loaded, options, run, where=harmful.source.where)
         if name == "paired":
             streams[name] = _pair(tokens, alignment, encoded, harmful, loaded, options)
             counts["pairs"] = len(streams[name])
@@ -134,12 +134,12 @@ def _pair(
     return PairedRows(tokens, pairs, pad_token_id=loaded.tokenizer.pad_token_id, device=loaded.device)
 
 
-def _hold_out(rows: datasets.Dataset, share: float, seed: int) -> dict[str, datasets.Dataset]:
+def _hold_out(harmful: Records, share: float, seed: int) -> dict[str, datasets.Dataset]:
     """Splits harmful rows into those to attack with and those of a share of the prompts, held out."""
-    keys = column(rows, "prompt_key")
+    rows, keys = harmful.dataset, column(harmful.dataset, "prompt_key")
     prompts = np.random.default_rng(derive(seed, "held out")).permutation(np.unique(keys))
     number = max(1, round(share * len(prompts)))
     if len(prompts) <= number:
-        raise DataError(f"--harmful: {len(prompts)} prompts are too few to hold out a share {share}")
+        raise DataError(f"{harmful.source.where}: {len(prompts)} prompts are too few to hold out a share {share}")
     held_out = np.isin(keys, prompts[:number])
     return {"harmful": rows.select(np.flatnonzero(~held_out)), "held_out": rows.select(np.flatnonzero(held_out))}

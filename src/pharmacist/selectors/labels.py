@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pharmacist.core.errors import DataError
-from pharmacist.core.files import read_json, write_json
+from pharmacist.core.files import check_ordinary, read_json, write_json
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import warn
 from pharmacist.data.arrays import FloatArray, IntArray
@@ -83,13 +83,17 @@ def read_entries(
 
 def _entries(path: str | Path, pool: str, where: str) -> list[Any]:
     """The entries of a file."""
+    form = 'write it as {"pool": ..., "labels": [{"row": 0, "label": "good"}, ...]}'
+    check_ordinary(path, where)
     try:
         content = read_json(path)
     except OSError as error:
         raise _unreadable(where, error) from error
+    except DataError as error:
+        raise DataError(f"{where}: contains no JSON, or more than one value; {form}") from error
     entries = content.get("labels") if isinstance(content, dict) else content
     if not isinstance(entries, list):
-        raise DataError(f'{where}: write it as {{"pool": ..., "labels": [{{"row": 0, "label": "good"}}, ...]}}')
+        raise DataError(f"{where}: {form}")
     if isinstance(content, list):
         warn(f"{where}: names no pool, so it cannot be checked whether the labels belong to this pool")
     elif content.get("pool") != pool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -78,13 +79,16 @@ class Mappings(Source):
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         for number, value in enumerate(self.spec):
             if isinstance(value, Mapping):
-                # Messages may be in a tuple, or in an array, as pandas reads them from Parquet.
-                lists = {
-                    n: list(v) for n, v in value.items() if isinstance(v, tuple) or getattr(v, "dtype", "") == "O"
-                }
-                yield Row(number, None, {**value, **lists})
+                yield Row(number, None, {name: _of_python(cell) for name, cell in value.items()})
             else:
                 yield Row(number, None, None, f"is not a mapping of column names to values but {type(value).__name__}")
+
+
+def _of_python(cell: Any) -> Any:
+    """A cell with Python's own types: messages may be in a tuple, or in an array, as pandas reads them."""
+    if isinstance(cell, np.ndarray | np.number | np.bool_):
+        return cell.tolist()
+    return list(cell) if isinstance(cell, tuple) else cell
 
 
 def open_memory(spec: Any, name: str) -> Source:
