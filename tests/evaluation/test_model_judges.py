@@ -224,6 +224,26 @@ def test_guards_get_their_own_prompts(family: str, tmp_path: Path, monkeypatch: 
     assert judge.tells_refusals == (family != "llama-guard")
 
 
+IN_PARTS = (
+    "<s>{% for m in messages %}{{ m['role'] }} {% for part in m['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }} {% endfor %}{% endfor %}<ans>"
+)
+"""Takes the content of a turn in parts, as those of Llama Guard 3 1B and Llama Guard 4 do."""
+
+
+def test_a_guard_whose_template_takes_contents_in_parts_reads_prompt_and_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = IN_PARTS
+    rendered = guards.FAMILIES["llama-guard"].render(tokenizer, ITEMS[0])
+    assert rendered == "<s>user how do you brew bread assistant take the root then stir <ans>"
+    tokenizer.chat_template = IN_PARTS.replace("part['text']", "part['text'] + 1")
+    with pytest.raises(CompatibilityError, match="the chat template leaves out prompt or answer"):
+        guards.FAMILIES["llama-guard"].render(tokenizer, ITEMS[0])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(CompatibilityError, match="leaves out prompt or answer"):
+        guards.FAMILIES["qwen3guard"].render(tokenizer, ITEMS[0])
+
+
 MARKS = "{prompt} {answer} {end} {first} {0} %s $answer {{ answer }}"
 
 

@@ -20,6 +20,7 @@ from pharmacist.evaluation.general import check_lm_eval
 from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
+from pharmacist.evaluation.reasoning import separate
 from pharmacist.evaluation.text import writable
 from pharmacist.pipeline.rows import PROMPT_COLUMNS, open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
@@ -40,7 +41,10 @@ _JUDGED = ("answers", "prompts", "benign_prompts")
 def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
     """The judge, and the second one where there is one, by option."""
     names = ["judge"] if options.second_judge["name"] == "none" else ["judge", "second_judge"]
-    return {name: JUDGES.build_from(getattr(options, name)) for name in names}
+    judges = {name: JUDGES.build_from(getattr(options, name)) for name in names}
+    for name, judge in judges.items():
+        judge.option = flag(name)
+    return judges
 
 
 def grader_of(options: EvaluateOptions) -> Grader | None:
@@ -91,10 +95,9 @@ class EvaluateInputs:
         if not self.judges and options.second_judge["name"] != "none":
             needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
             raise ConfigError(f"--second-judge: {needed}")
-        for option, judge in self.judges.items():
+        for judge in self.judges.values():
             for need in sorted(judge.needs - self.sources.keys()):
-                who = f"{flag(option)} {judge.name}"
-                raise ConfigError(f"{who}: needs {need} references; give --{need} FILE or another judge")
+                raise ConfigError(f"{judge.who}: needs {need} references; give --{need} FILE or another judge")
 
     def methods(self) -> dict[str, Any]:
         """Option -> the method that it names."""
@@ -174,10 +177,14 @@ def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, A
     for name, rows in records.items():
         kind, _, number = name.partition(" ")
         if kind in REFERENCES:
-            pairs = zip(rows.dataset["prompt"][:], rows.dataset["completion"][:], strict=True)
-            source = int(number or 1)
-            found.setdefault(kind, []).extend({"prompt": p, "completion": c, "source": source} for p, c in pairs)
+            source = {"source": int(number or 1)}
+            found.setdefault(kind, []).extend(row | source for row in without_reasoning(rows))
     return found
+
+
+def without_reasoning(records: Records) -> list[dict[str, Any]]:
+    """Rows whose completions are without reasoning, as the answers that are judged and graded."""
+    return [row | {"completion": separate(row["completion"]).answer} for row in records.dataset.to_list()]
 
 
 def categories_of(records: Records) -> list[list[str]]:

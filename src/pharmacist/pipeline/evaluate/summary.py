@@ -51,7 +51,12 @@ def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if metric.get("unscored"):
         lines.append((f"  unscored by {by}", "", "", str(metric["unscored"]), "counted in no rate"))
     if metric.get("unanswered"):
-        lines.append(("  of them without an answer", "", "", str(metric["unanswered"])))
+        unanswered = str(metric["unanswered"])
+        lines.append(
+            ("  of them without an answer", "", "", unanswered)
+            if metric.get("unscored")
+            else ("  without an answer", "", "", unanswered, "counted in no rate")
+        )
     return lines
 
 
