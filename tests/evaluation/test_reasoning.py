@@ -203,6 +203,7 @@ SERVED = {
         }
     },
     "refusal": {"message": {"content": None, "refusal": REFUSAL}},
+    "refusal in parts": {"message": {"content": [{"type": "refusal", "refusal": REFUSAL}]}},
 }
 UNANSWERED = {"never ends", "one channel", *list(SERVED)[:6]}
 
@@ -283,7 +284,7 @@ def test_every_judge_behind_every_engine(answered: Mapping[str, Answer], judge: 
             assert item["answer"] == REFUSAL, name
             assert verdict == judge.judge([JudgeItem(item["prompt"], REFUSAL)])[0].to_json(), name
             assert item["harmful"] is False or judge.name == "beaver-dam", name
-        if name not in ("plain", "null", "refusal", "cut before", "calls a tool"):
+        if name not in ("plain", "null", "refusal", "refusal in parts", "cut before", "calls a tool"):
             assert item["reasoning"] == THOUGHT, name
     judged = judge.judge([JudgeItem("how", THOUGHT)])[0]
     assert judged.harmful is True or judge.name == "beaver-dam", "whoever reads the thought calls it harmful"

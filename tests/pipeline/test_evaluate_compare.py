@@ -100,11 +100,17 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = (tmp_path / "ab/manifest.json").read_bytes()
     assert main([*pair, str(tmp_path / "ab"), "--quiet"]) == 0
     assert (tmp_path / "ab/manifest.json").read_bytes() == before
+    both = ["evaluate", "--models", noise, noise, "--prompts", files["prompts"], "--max-new-tokens", "2", "--quiet"]
+    assert main([*both, "--output-dir", str(tmp_path / "both")]) == 0
     capsys.readouterr()
     begin = ["evaluate", "--compare", str(tmp_path / "a")]
     for words, message in [
         ([*begin, str(tmp_path), "--output-dir"], "no manifest.json"),
         ([*begin, str(tmp_path / "ab"), "--output-dir"], "no finished evaluation"),
+        (
+            [*begin, str(tmp_path / "both"), "--output-dir"],
+            "several models; give the folder of one, 1-noise or 2-noise",
+        ),
         (["evaluate", "--model", noise, *pair[1:]], "leave --model out"),
         (["evaluate", "--output-dir"], "--model must be given"),
     ]:

@@ -22,7 +22,7 @@ import tenacity
 from anyio.from_thread import start_blocking_portal
 
 from pharmacist.core.console import plain, without_credentials
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative, Positive
 from pharmacist.evaluation.answers import Answer
@@ -38,6 +38,7 @@ _REFUSED = {
     404: "check the address and the model's name",
 }
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_CONNECT_SECONDS = 15.0
 _MOST_BYTES = 16 * 2**20  # of one reply, unpacked
 _MOST_TOKENS = 2**40
 _REASON_CHARACTERS = 200
@@ -148,7 +149,8 @@ class Endpoint:
         headers = {"Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=self.config.concurrency)
-        client = httpx.AsyncClient(headers=headers, timeout=self.config.timeout, limits=limits)
+        timeout = httpx.Timeout(self.config.timeout, connect=min(self.config.timeout, _CONNECT_SECONDS))
+        client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
         turn = anyio.Semaphore(self.config.concurrency)
         # The event loop runs in a separate thread, because a notebook has one already.
         with (
@@ -195,10 +197,11 @@ class Endpoint:
         async with turn:
             try:
                 return await retrying(self._once, client, body)
-            except httpx.ConnectError as error:
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                where = f"{self.name}: {self.config.shown} does not respond ({plain(one_line(error))})"
                 raise DataError(
-                    f"{self.name}: {self.config.shown} does not respond ({plain(error)}); start the server or fix "
-                    "base_url, then run the same command again; what was answered is kept"
+                    f"{where}; start the server or fix base_url, then run the same command again; what was answered is "
+                    "kept"
                 ) from error
             except (TimeoutError, httpx.TimeoutException):
                 return Failure("timed out")
@@ -292,7 +295,7 @@ def _texts(content: Any) -> tuple[str | None, str]:
     for part in content:
         kind = str(part["type"])
         thinks = kind in ("thinking", "reasoning")
-        text = part.get(kind, part.get("text")) if thinks else part["text"]
+        text = part.get(kind, part.get("text"))  # also that of a refusal
         if isinstance(text, list):  # Mistral's parts within a part
             text = "".join(inner["text"] for inner in text)
         if not isinstance(text, str):
