@@ -198,11 +198,9 @@ class Endpoint:
             try:
                 return await retrying(self._once, client, body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                where = f"{self.name}: {self.config.shown} does not respond ({plain(one_line(error))})"
-                raise DataError(
-                    f"{where}; start the server or fix base_url, then run the same command again; what was answered is "
-                    "kept"
-                ) from error
+                what = f"{self.name}: {self.config.shown} does not respond ({plain(one_line(error))})"
+                remedy = "start the server or fix base_url, then run the same command again; what was answered is kept"
+                raise DataError(f"{what}; {remedy}") from error
             except (TimeoutError, httpx.TimeoutException):
                 return Failure("timed out")
             except httpx.RequestError as error:
