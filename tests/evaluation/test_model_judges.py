@@ -20,7 +20,7 @@ from pharmacist.evaluation.judges.strongreject import StrongRejectJudge
 from pharmacist.evaluation.judging_model import last_numbers
 from pharmacist.evaluation.metrics import agreement, flagged_categories
 from tests.support.judges import save_classifier, save_guard
-from tests.support.server import serve
+from tests.support.server import Raw, serve
 from tests.support.tiny import save_tiny_model, tiny_tokenizer
 
 
@@ -434,6 +434,14 @@ def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.Captu
     assert main(words) == 0  # with the keyword judge, on the answers that are there
     with pytest.raises(DataError, match="does not respond"):
         rubric("http://127.0.0.1:9/v1").judge(ITEMS)
+
+
+def test_what_an_llm_judge_demands_is_told_as_an_option() -> None:
+    what = Raw(b'{"error": {"message": "use max_completion_tokens"}}', 400)
+    with serve(lambda question, before: what) as served, pytest.raises(DataError) as found:
+        rubric(served.url).judge(ITEMS)
+    told = "; give --judge.token_limit max_completion_tokens, or choose another --judge; the answers are kept"
+    assert told in str(found.value)
 
 
 # --- two judges

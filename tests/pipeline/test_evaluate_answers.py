@@ -58,6 +58,10 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
     manifest = read_manifest(tmp_path / "o")
     assert (manifest.status, manifest.counts["prompts_unanswered"]) == ("success", 2)
     assert judged(ROWS, tmp_path) == 0 and "already complete" in capsys.readouterr().err
+    # The items themselves are such a file, in which an answer that is missing is no empty one.
+    again = ["evaluate", "--answers", str(tmp_path / "o/items.jsonl"), "--output-dir", str(tmp_path / "again")]
+    assert main([*again, "--quiet"]) == 0
+    assert [item["harmful"] for item in items(tmp_path / "again")] == HARMFUL
 
 
 def references(folder: Path) -> list[str]:

@@ -313,3 +313,14 @@ def count_reasons(reasons: Sequence[str]) -> str:
     named = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts[:_REASONS]))
     more = sum(count for _, count in counts[_REASONS:])
     return named + (f", {more} x other reasons" if more else "")
+
+
+def remedy(reasons: Sequence[str], option: str) -> str:
+    """What to do if no question was answered, for these reasons; `option` chooses what asks the endpoint."""
+    if any("max_completion_tokens" in reason for reason in reasons):
+        return f"give {option}.token_limit max_completion_tokens"
+    if any("temperature" in reason for reason in reasons):
+        return f"give {option}.body '{{temperature: null}}'"
+    if all("filter of the endpoint" in reason for reason in reasons):
+        return "use an endpoint without that filter"
+    return "fix it"

@@ -11,7 +11,7 @@ from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.decider import Decider
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object, remedy
 from pharmacist.evaluation.reasoning import separate
 from pharmacist.nn.distributed import on_main
 
@@ -89,7 +89,8 @@ class JudgingModel(Decider):
         if asked and len(unscored) == asked:
             raise DataError(
                 f"{self.who}: {self.config.shown} gave no verdict on any of {asked} answers "
-                f"({count_reasons(unscored)}); fix it or choose another {self.option}; the answers are kept"
+                f"({count_reasons(unscored)}); {remedy(unscored, self.option)}, or choose another {self.option}; the "
+                "answers are kept"
             )
 
 

@@ -21,7 +21,7 @@ from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
 from pharmacist.evaluation.reasoning import separate
-from pharmacist.evaluation.text import writable
+from pharmacist.evaluation.text import missing, writable
 from pharmacist.pipeline.rows import PROMPT_COLUMNS, open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
@@ -194,7 +194,9 @@ def categories_of(records: Records) -> list[list[str]]:
 
 
 def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Records, list[Answer]]:
-    """Prompts with the answers in a column of their file, in order; an answer that is null counts as unanswered.
+    """Prompts with the answers in a column of their file, in order.
+
+    An answer that is null counts as unanswered, and so does an empty one of an ``items.jsonl`` that says why.
 
     A DataError where rows lack the column, or have something else than text or null in it.
     """
@@ -205,7 +207,8 @@ def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Recor
             bad[position] = Row(row.number, row.line, None, reason)
         else:
             text = value[column]
-            answers.append(Answer(text or "", 0, True, unanswered="null in the file" if text is None else ""))
+            why = "null in the file" if text is None else "" if text else missing(value)
+            answers.append(Answer(text or "", 0, True, unanswered=why))
     if bad and (on_bad_row == "fail" or not answers):
         first = next(iter(bad.values()))
         raise DataError(
