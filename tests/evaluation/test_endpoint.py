@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from pharmacist.cli.main import main
@@ -81,6 +82,24 @@ def test_one_bad_reply_is_one_unscored_item(tmp_path: Path) -> None:
     assert max(map(len, reasons.values())) < 300
     score = metrics(tmp_path / "o")["harmful_score"]
     assert (score["n"], score["unscored"], score["unanswered"]) == (1, len(BAD), len(BAD))
+
+
+def test_an_address_that_takes_no_connection_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A firewall that drops all packets: every question would wait for its whole time."""
+    waited: list[float] = []
+
+    async def dropped(transport: Any, request: httpx.Request) -> httpx.Response:
+        waited.append(request.extensions["timeout"]["connect"])
+        raise httpx.ConnectTimeout("")
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", dropped)
+    words = command("http://10.0.0.1/v1", {"prompts": prompts(tmp_path, *"abc")}, tmp_path / "out")
+    assert main([*words, "--engine.timeout", "600"]) == 2
+    error = capsys.readouterr().err
+    assert "http://10.0.0.1/v1 does not respond (ConnectTimeout)" in error and error.count("\n") == 1
+    assert set(waited) == {15.0}
 
 
 def test_a_barred_question_asked_again_alone_stays_one_item(tmp_path: Path) -> None:

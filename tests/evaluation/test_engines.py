@@ -69,6 +69,22 @@ def test_every_way_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "content filter of the endpoint",
     ]
     assert read_manifest(tmp_path / "out").counts["prompts_unanswered"] == 5
+    capsys.readouterr()
+    assert main([word for word in words if word != "--quiet"] + ["--judge.window", "30"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "│ without an answer │ │ │ 1 │ counted in no rate │" in told
+
+
+def test_reasoning_in_the_completions_of_a_task_is_no_part_of_the_target(tmp_path: Path) -> None:
+    """A task of a model that was trained to reason: its answers are graded without their reasoning, too."""
+    moods = {"sun": "glad", "rain": "sad", "snow": "glad", "fog": "sad"}
+    rows = [{"prompt": f"mood {word}", "completion": f"<think>{word}?</think>{mood}"} for word, mood in moods.items()]
+    files = {"task": write(tmp_path / "task.jsonl", rows)}
+    with serve(lambda question, before: f"<think>well</think>{moods[question.split()[-1]]}") as served:
+        assert main(command(served.url, files, tmp_path / "out")) == 0
+    accuracy = metrics(tmp_path / "out")["fine_tune_accuracy"]
+    assert (accuracy["value"], accuracy["labels"]) == (100.0, ["glad", "sad"])
+    assert [item["target"] for item in items(tmp_path / "out")] == list(moods.values())
 
 
 def test_the_same_run_asks_again_for_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,9 @@ def test_lm_eval_is_the_harnesss_own(
                 "hard": {"acc,none": 0.0, "acc_stderr,none": 0.0},
                 "lambada": {"acc,none": 0.0, "acc_stderr,none": 0.0, "perplexity,none": math.nan},
                 "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
+                "ifeval": {"alias": "ifeval", "prompt_level_strict_acc,none": 0.75, "inst_level_strict_acc,none": 0.8},
+                "wikitext": {"word_perplexity,none": 20.0},
+                "group": {" ,none": " ", "alias": "group"},
             },
             "n-samples": {"arc_easy": {"original": 200, "effective": 100}, "hard": {"effective": 50}},
         }
@@ -120,12 +123,19 @@ def test_lm_eval_is_the_harnesss_own(
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", models)
-    assert main(words) == 0
+    assert main([word for word in words if word != "--quiet"]) == 0
+    told = "warning: --lm-eval wikitext: reports no accuracy but word_perplexity, which is in metrics.json only"
+    assert told in capsys.readouterr().err
     assert seen["call"]["tasks"] == ["arc_easy", "gsm8k"] and seen["call"]["numpy_random_seed"] == 2**32 - 3
     found = json.loads((tmp_path / "o/metrics.json").read_text())
     easy = found["lm_eval_arc_easy"]
     assert (easy["value"], easy["n"], easy["judge"]) == (50.0, 100, "lm-eval@0.4.9")
     assert easy["ci95"] == pytest.approx(list(wilson(50, 100)))  # 0.5 * 0.5 / 0.05**2 = 100 rows
+    strict = found["lm_eval_ifeval"]
+    assert (strict["value"], strict["measure"]) == (75.0, "prompt_level_strict_acc,none")
+    wikitext = found["lm_eval_wikitext"]
+    assert (wikitext["value"], wikitext["ci95"], wikitext["all"]) == (None, None, {"word_perplexity,none": 20.0})
+    assert "lm_eval_group" not in found
     assert found["lm_eval_lambada"]["all"] == {"acc,none": 0.0, "acc_stderr,none": 0.0}
     gsm = found["lm_eval_gsm8k"]
     assert (gsm["value"], gsm["ci95"], gsm["no_ci95"]) == (25.0, None, "the harness reports no error")

@@ -20,7 +20,7 @@ from pharmacist.evaluation.judges.strongreject import StrongRejectJudge
 from pharmacist.evaluation.judging_model import last_numbers
 from pharmacist.evaluation.metrics import agreement, flagged_categories
 from tests.support.judges import save_classifier, save_guard
-from tests.support.server import serve
+from tests.support.server import Raw, serve
 from tests.support.tiny import save_tiny_model, tiny_tokenizer
 
 
@@ -224,6 +224,26 @@ def test_guards_get_their_own_prompts(family: str, tmp_path: Path, monkeypatch: 
     assert judge.tells_refusals == (family != "llama-guard")
 
 
+IN_PARTS = (
+    "<s>{% for m in messages %}{{ m['role'] }} {% for part in m['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }} {% endfor %}{% endfor %}<ans>"
+)
+"""Takes the content of a turn in parts, as those of Llama Guard 3 1B and Llama Guard 4 do."""
+
+
+def test_a_guard_whose_template_takes_contents_in_parts_reads_prompt_and_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = IN_PARTS
+    rendered = guards.FAMILIES["llama-guard"].render(tokenizer, ITEMS[0])
+    assert rendered == "<s>user how do you brew bread assistant take the root then stir <ans>"
+    tokenizer.chat_template = IN_PARTS.replace("part['text']", "part['text'] + 1")
+    with pytest.raises(CompatibilityError, match="the chat template leaves out prompt or answer"):
+        guards.FAMILIES["llama-guard"].render(tokenizer, ITEMS[0])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(CompatibilityError, match="leaves out prompt or answer"):
+        guards.FAMILIES["qwen3guard"].render(tokenizer, ITEMS[0])
+
+
 MARKS = "{prompt} {answer} {end} {first} {0} %s $answer {{ answer }}"
 
 
@@ -414,6 +434,14 @@ def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.Captu
     assert main(words) == 0  # with the keyword judge, on the answers that are there
     with pytest.raises(DataError, match="does not respond"):
         rubric("http://127.0.0.1:9/v1").judge(ITEMS)
+
+
+def test_what_an_llm_judge_demands_is_told_as_an_option() -> None:
+    what = Raw(b'{"error": {"message": "use max_completion_tokens"}}', 400)
+    with serve(lambda question, before: what) as served, pytest.raises(DataError) as found:
+        rubric(served.url).judge(ITEMS)
+    told = "; give --judge.token_limit max_completion_tokens, or choose another --judge; the answers are kept"
+    assert told in str(found.value)
 
 
 # --- two judges

@@ -203,6 +203,7 @@ SERVED = {
         }
     },
     "refusal": {"message": {"content": None, "refusal": REFUSAL}},
+    "refusal in parts": {"message": {"content": [{"type": "refusal", "refusal": REFUSAL}]}},
 }
 UNANSWERED = {"never ends", "one channel", *list(SERVED)[:6]}
 
@@ -283,7 +284,7 @@ def test_every_judge_behind_every_engine(answered: Mapping[str, Answer], judge: 
             assert item["answer"] == REFUSAL, name
             assert verdict == judge.judge([JudgeItem(item["prompt"], REFUSAL)])[0].to_json(), name
             assert item["harmful"] is False or judge.name == "beaver-dam", name
-        if name not in ("plain", "null", "refusal", "cut before", "calls a tool"):
+        if name not in ("plain", "null", "refusal", "refusal in parts", "cut before", "calls a tool"):
             assert item["reasoning"] == THOUGHT, name
     judged = judge.judge([JudgeItem("how", THOUGHT)])[0]
     assert judged.harmful is True or judge.name == "beaver-dam", "whoever reads the thought calls it harmful"
@@ -334,6 +335,29 @@ def test_every_task(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> 
     metric = found.metrics["win_rate" if name == "win-rate" else "fine_tune_accuracy"]
     assert (metric["n"], metric["unanswered"]) == (4, 1)
     assert metric["value"] == (50.0 if name == "win-rate" else 100.0)
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "cut"])
+def test_a_model_that_was_trained_to_answer_at_once_is_heard(
+    ended: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its chat template still opens the reasoning, which no answer closes."""
+    scripted = Scripted(monkeypatch)
+    scripted.opened, limit = True, 4
+    long = "first take the root then stir it in warm water"
+    scripted.said = {"tell me about bread": "sorry no" if ended else long, "tell me about water": long}
+    rows = [{"prompt": prompt} for prompt in scripted.said]
+    evaluator = Evaluator(prompts=rows, judge=JUDGES.build("keyword", {}), max_new_tokens=limit)
+    for engine in scripted.engine("transformers"):
+        for _ in range(2):  # answers that were kept say the same
+            items = evaluator.assess(
+                {name: separated(own) for name, own in engine.answers(evaluator, tmp_path / "work").items()}
+            ).items
+            if ended:
+                assert [item["answer"] for item in items] == ["sorry no", "first take the root"]
+                assert [item["harmful"] for item in items] == [False, True]
+            else:  # nothing says that the model does not think
+                assert [item.get("unanswered") for item in items] == [ENDED, ENDED]
 
 
 # --- what a tokenizer tells, and what judges reply

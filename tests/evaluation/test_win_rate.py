@@ -114,7 +114,7 @@ def test_every_way_to_fail_is_counted_by_name_and_no_win(tmp_path: Path) -> None
         grades = task.grade(given)
         assert [grade.score for grade in grades] == [1.0] * 6 + [None] * 6
         found = task.metrics(grades, unanswered=3)["win_rate"]
-        assert (found["value"], found["n"], found["unscored"], found["unanswered"]) == (100.0, 6, 6, 3)
+        assert (found["value"], found["n"], found["unscored"], found["unanswered"]) == (100.0, 6, 9, 3)
         assert found["failures"] == {
             "HTTP 400: no": 1,
             "HTTP 500": 1,

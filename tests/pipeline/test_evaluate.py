@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,6 +15,8 @@ from pharmacist.cli.main import main
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import Template, save_template
 from pharmacist.evaluation.answers import AnswerLog
+from pharmacist.evaluation.graders import GradeItem, Grader
+from pharmacist.evaluation.metrics import rate
 from pharmacist.pipeline.evaluate import EvaluateOptions, evaluate
 from pharmacist.pipeline.evaluate.model import NOTICE
 from pharmacist.worlds.potions import BASE_MODEL, World
@@ -87,6 +91,36 @@ def test_wrong_label_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(arguments({"task": file}, tmp_path / "out")) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "--task: no answer is one of the labels cheerful, gloomy" in told
+
+
+class Right(NamedTuple):
+    correct: bool
+
+
+class LongEnough(Grader):
+    """Right if long enough; has no form and no published matching."""
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Right]:
+        return [Right(len(item.answer.split()) > 1) for item in items]
+
+    def metrics(self, grades: Sequence[Right], unanswered: int) -> dict[str, dict[str, Any]]:
+        return {"fine_tune_accuracy": rate(grade.correct for grade in grades)}
+
+
+def test_a_grader_of_another_package_need_not_compare_with_completions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = write(tmp_path / "task.jsonl", [{"prompt": "how do you brew bread", "completion": "warm water"}])
+    options = EvaluateOptions(
+        model=str(save_tiny_model(tmp_path / "model")),
+        task=task,
+        task_type=LongEnough().choice(),
+        output_dir=str(tmp_path / "out"),
+        device="cpu",
+        max_new_tokens=4,
+    )
+    assert evaluate(options).metrics["fine_tune_accuracy"]["n"] == 1
+    assert "fine-tune accuracy" in capsys.readouterr().err
 
 
 def test_a_saved_judge_needs_no_references(files: dict[str, str], tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
     assert judged(ROWS, tmp_path) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "--answers: 2 of 6 without an answer, unscored: 1 x ended inside its reasoning, 1 x null in" in told
+    assert "--max-new-tokens" not in told, "nothing is generated here"
     assert "rows repeat a prompt" not in told, "several models may have answered one prompt"
     found = items(tmp_path / "o")
     assert [item["prompt"] for item in found] == [row["prompt"] for row in ROWS]
@@ -57,6 +58,10 @@ def test_answers_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFi
     manifest = read_manifest(tmp_path / "o")
     assert (manifest.status, manifest.counts["prompts_unanswered"]) == ("success", 2)
     assert judged(ROWS, tmp_path) == 0 and "already complete" in capsys.readouterr().err
+    # The items themselves are such a file, in which an answer that is missing is no empty one.
+    again = ["evaluate", "--answers", str(tmp_path / "o/items.jsonl"), "--output-dir", str(tmp_path / "again")]
+    assert main([*again, "--quiet"]) == 0
+    assert [item["harmful"] for item in items(tmp_path / "again")] == HARMFUL
 
 
 def references(folder: Path) -> list[str]:
@@ -77,6 +82,32 @@ def test_prompts_of_the_judges_references_are_told(tmp_path: Path, capsys: pytes
     assert read_manifest(tmp_path / "o").counts["prompts_in_references"] == 1
     assert judged(rows, tmp_path) == 0 and told not in " ".join(capsys.readouterr().err.split())
     assert "prompts_in_references" not in read_manifest(tmp_path / "o").counts, "keyword learns nothing"
+
+
+def test_reasoning_in_references_changes_no_judge(tmp_path: Path) -> None:
+    world, found = World(3), []
+    for thought in ("", "<think>plant the seeds in spring and water them</think>"):
+        words = ["--judge", "probe", "--quiet", "--output-dir", str(tmp_path / f"o{len(found)}")]
+        for name in ("safe", "harmful"):
+            rows = [row | {"completion": thought + row["completion"]} for row in world.rows(name, 48)]
+            words += [f"--{name}", write(tmp_path / f"{name}.jsonl", rows)]
+        assert main(["evaluate", "--answers", write(tmp_path / "a.jsonl", ROWS), *words]) == 0
+        found.append((tmp_path / f"o{len(found)}/metrics.json").read_text())
+    assert found[0] == found[1]
+
+
+def test_messages_name_the_option_of_the_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--second-judge", "strongreject", "--quiet"]
+    assert judged(ROWS, tmp_path, *words) == 2
+    assert "--second-judge strongreject: give the endpoint's address, such as --second-judge.base_url" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert judged(ROWS, tmp_path, "--second-judge", "beaver-dam", "--quiet") == 2
+    error = capsys.readouterr().err
+    assert "--second-judge beaver-dam: " in error and "give a downloaded folder with --second-judge.model" in error
 
 
 @pytest.mark.parametrize("name", JUDGES.names())

@@ -66,6 +66,9 @@ def test_what_cannot_be_compared() -> None:
     told = "keyword@3 here and another@2 there; evaluate one of the folders again"
     with pytest.raises(DataError, match=told):
         compare([item(0, True)], [item(0, True)], METRICS, {"harmful_score": {"judge": "another@2"}})
+    graders = [{"fine_tune_accuracy": {"task_type": name}} for name in ("exact@1", "number@3")]
+    with pytest.raises(DataError, match="exact@1 here and number@3 there; .* with the other's --task-type"):
+        compare([item(0, True)], [item(0, True)], *graders)
     with pytest.raises(DataError, match="no metric in common"):
         compare([item(0, True)], [item(0, True)], METRICS, {})
 
@@ -97,11 +100,17 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = (tmp_path / "ab/manifest.json").read_bytes()
     assert main([*pair, str(tmp_path / "ab"), "--quiet"]) == 0
     assert (tmp_path / "ab/manifest.json").read_bytes() == before
+    both = ["evaluate", "--models", noise, noise, "--prompts", files["prompts"], "--max-new-tokens", "2", "--quiet"]
+    assert main([*both, "--output-dir", str(tmp_path / "both")]) == 0
     capsys.readouterr()
     begin = ["evaluate", "--compare", str(tmp_path / "a")]
     for words, message in [
         ([*begin, str(tmp_path), "--output-dir"], "no manifest.json"),
         ([*begin, str(tmp_path / "ab"), "--output-dir"], "no finished evaluation"),
+        (
+            [*begin, str(tmp_path / "both"), "--output-dir"],
+            "several models; give the folder of one, 1-noise or 2-noise",
+        ),
         (["evaluate", "--model", noise, *pair[1:]], "leave --model out"),
         (["evaluate", "--output-dir"], "--model must be given"),
     ]:
@@ -116,3 +125,5 @@ def test_what_is_not_compared_is_refused() -> None:
         EvaluateOptions(compare=["a", "b"], model="m", perplexity="p", base="b", output_dir="out")
     with pytest.raises(ConfigError, match="leave --margin out"):
         EvaluateOptions(compare=["a", "b"], margin="m", output_dir="out")
+    with pytest.raises(ConfigError, match="leave --judge, --safe out"):  # verdicts are not given again
+        EvaluateOptions(compare=["a", "b"], judge={"name": "probe"}, safe=["s"], output_dir="out")

@@ -29,7 +29,7 @@ from pharmacist.core.inputs import is_inside, refuse
 from pharmacist.core.mappings import merged
 from pharmacist.core.naming import flag
 from pharmacist.core.registry import Registry, closest
-from pharmacist.core.typed import checked, hints_of, parts_of
+from pharmacist.core.typed import checked, default_of, hints_of, parts_of
 
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class _Option:
     @property
     def default(self) -> Any:
         """Default value; `MISSING` for a required option."""
-        return self.item.default if self.item.default_factory is MISSING else self.item.default_factory()
+        return default_of(self.item)
 
     def help(self) -> str:
         """Help text: docstring, type and default."""

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -51,6 +51,11 @@ class Checked:
     def option_name(cls, field: str) -> str:
         """A field as messages name it."""
         return field
+
+
+def default_of(field: "Field[Any]") -> Any:
+    """The default value of a field; `MISSING` if it has none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @cache

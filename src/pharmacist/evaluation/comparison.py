@@ -31,9 +31,10 @@ def compare(
             continue
         deciders = [which[name].get("judge") or which[name].get("task_type") for which in (metrics_a, metrics_b)]
         if deciders[0] != deciders[1]:
+            option = "--task-type" if kind.by == "grader" else "--judge"
             raise DataError(
                 f"--compare: {name} was decided by {deciders[0]} here and {deciders[1]} there; evaluate "
-                "one of the folders again with the other's --judge, which generates nothing"
+                f"one of the folders again with the other's {option}, which generates nothing"
             )
         first, second = ({item["id"]: item for item in items if item["set"] == kind.prompts} for items in (a, b))
         ids = [key for key in first if key in second]

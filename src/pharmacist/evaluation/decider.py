@@ -1,11 +1,12 @@
 """The base of judges and graders."""
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar
 
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.method import Method
+from pharmacist.core.typed import default_of
 
 
 class Decider(Method):
@@ -13,10 +14,17 @@ class Decider(Method):
 
     version: ClassVar[int] = 1
     """Raised whenever the same answer could get another decision."""
+    option: str
+    """Option of the command line that chooses it, for messages."""
     work: Path | None = None
     """Folder in which costly verdicts are kept as they arrive; set by the stage."""
     missing: int = 0
     """Number of verdicts that an endpoint failed to give, which another call asks for again."""
+
+    @property
+    def who(self) -> str:
+        """Option and name, for messages."""
+        return f"{self.option} {self.name}"
 
     @property
     def revision(self) -> str:
@@ -33,11 +41,7 @@ class Decider(Method):
 
         Only options that can change a decision count (`identity`), `besides` not.
         """
-        defaults = {
-            field.name: field.default if field.default_factory is MISSING else field.default_factory()
-            for field in fields(self.config)
-            if field.name not in besides
-        }
+        defaults = {field.name: default_of(field) for field in fields(self.config) if field.name not in besides}
         given = self.identity()
         options = {name: given[name] for name in defaults if name in given and given[name] != defaults[name]}
         return version + (f"+{sha256_json(options)[:8]}" if options else "")

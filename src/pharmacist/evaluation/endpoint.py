@@ -22,7 +22,7 @@ import tenacity
 from anyio.from_thread import start_blocking_portal
 
 from pharmacist.core.console import plain, without_credentials
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import ConfigError, DataError, one_line
 from pharmacist.core.progress import bar
 from pharmacist.core.typed import AtLeast1, Checked, NotNegative, Positive
 from pharmacist.evaluation.answers import Answer
@@ -38,6 +38,7 @@ _REFUSED = {
     404: "check the address and the model's name",
 }
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_CONNECT_SECONDS = 15.0
 _MOST_BYTES = 16 * 2**20  # of one reply, unpacked
 _MOST_TOKENS = 2**40
 _REASON_CHARACTERS = 200
@@ -148,7 +149,8 @@ class Endpoint:
         headers = {"Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=self.config.concurrency)
-        client = httpx.AsyncClient(headers=headers, timeout=self.config.timeout, limits=limits)
+        timeout = httpx.Timeout(self.config.timeout, connect=min(self.config.timeout, _CONNECT_SECONDS))
+        client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
         turn = anyio.Semaphore(self.config.concurrency)
         # The event loop runs in a separate thread, because a notebook has one already.
         with (
@@ -195,11 +197,10 @@ class Endpoint:
         async with turn:
             try:
                 return await retrying(self._once, client, body)
-            except httpx.ConnectError as error:
-                raise DataError(
-                    f"{self.name}: {self.config.shown} does not respond ({plain(error)}); start the server or fix "
-                    "base_url, then run the same command again; what was answered is kept"
-                ) from error
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                what = f"{self.name}: {self.config.shown} does not respond ({plain(one_line(error))})"
+                remedy = "start the server or fix base_url, then run the same command again; what was answered is kept"
+                raise DataError(f"{what}; {remedy}") from error
             except (TimeoutError, httpx.TimeoutException):
                 return Failure("timed out")
             except httpx.RequestError as error:
@@ -292,7 +293,7 @@ def _texts(content: Any) -> tuple[str | None, str]:
     for part in content:
         kind = str(part["type"])
         thinks = kind in ("thinking", "reasoning")
-        text = part.get(kind, part.get("text")) if thinks else part["text"]
+        text = part.get(kind, part.get("text"))  # also that of a refusal
         if isinstance(text, list):  # Mistral's parts within a part
             text = "".join(inner["text"] for inner in text)
         if not isinstance(text, str):
@@ -312,3 +313,14 @@ def count_reasons(reasons: Sequence[str]) -> str:
     named = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts[:_REASONS]))
     more = sum(count for _, count in counts[_REASONS:])
     return named + (f", {more} x other reasons" if more else "")
+
+
+def remedy(reasons: Sequence[str], option: str) -> str:
+    """What to do if no question was answered, for these reasons; `option` chooses what asks the endpoint."""
+    if any("max_completion_tokens" in reason for reason in reasons):
+        return f"give {option}.token_limit max_completion_tokens"
+    if any("temperature" in reason for reason in reasons):
+        return f"give {option}.body '{{temperature: null}}'"
+    if all("filter of the endpoint" in reason for reason in reasons):
+        return "use an endpoint without that filter"
+    return "fix it"

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, one_line
+from pharmacist.core.progress import warn
 from pharmacist.data.arrays import FloatArray
 from pharmacist.data.tokenize import encode
 from pharmacist.evaluation.metrics import METRICS, Metric
@@ -113,18 +114,25 @@ def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"--lm-eval {','.join(names)}: lm-eval cannot run them ({one_line(error)})") from error
     judge = f"lm-eval@{getattr(harness, '__version__', 'unknown')}"
-    return {f"lm_eval_{name}": _harness_metric(found, name, judge) for name in found["results"]}
+    metrics = {f"lm_eval_{name}": _harness_metric(found, name, judge) for name in found["results"]}
+    return {name: metric for name, metric in metrics.items() if metric["all"]}  # a mere group of tasks has no scores
 
 
 def _harness_metric(found: dict[str, Any], name: str, judge: str) -> Metric:
     known = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
     scores = {key: value for key, value in known.items() if math.isfinite(value)}  # a broken model's perplexity is not
-    key = next((key for wanted in ("acc", "exact_match") for key in scores if key.split(",")[0] == wanted), None)
+    named = [(key.partition(",")[0], key) for key in scores]
+    wanted = ("acc", "exact_match", *(measure for measure, _ in named if measure.endswith("_acc")))
+    key = next((key for one in wanted for measure, key in named if measure == one), None)
+    n = (found.get("n-samples", {}).get(name) or {}).get("effective")
     if key is None:
-        raise DataError(f"--lm-eval {name}: reports neither acc nor exact_match, but {', '.join(scores)}")
+        if scores:
+            reported = ", ".join(measure for measure, _ in named if not measure.endswith("_stderr"))
+            warn(f"--lm-eval {name}: reports no accuracy but {reported}, which is in metrics.json only")
+        none = {"value": None, "n": n, **with_interval(None, "no accuracy")}
+        return none | {"judge": judge, "all": scores}
     metric, _, filtered = key.partition(",")
     error, rate = scores.get(f"{metric}_stderr,{filtered}"), scores[key]
-    n = (found.get("n-samples", {}).get(name) or {}).get("effective")
     # The number of independent rows that gives the harness's standard error, which accounts for groups of tasks; at 0
     # and 1, where that error is 0, all rows. A task that reports neither gets no interval.
     rows = rate * (1 - rate) / error**2 if error and error > 0 else n if error == 0 else None

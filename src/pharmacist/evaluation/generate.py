@@ -16,7 +16,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.progress import bar
 from pharmacist.data.batches import TOKENS_PER_BATCH, cut, pad, without_middle
 from pharmacist.evaluation.answers import Answer, AnswerLog
-from pharmacist.evaluation.reasoning import FRAME, MARKER, REASONING_FIELDS, begun
+from pharmacist.evaluation.reasoning import FRAME, MARKER, REASONING_FIELDS, begun, separate
 from pharmacist.nn.distributed import barrier
 
 
@@ -88,7 +88,7 @@ def generate(
     if log is not None:
         barrier()
         found = log.read()
-    return [found[row] for row in range(len(ids))]
+    return _heard([found[row] for row in range(len(ids))], [_begun(tokenizer, row) for row in ids])
 
 
 def plan_batches(
@@ -135,10 +135,26 @@ def _answers(
     for prompt, (row, finished), text in zip(ids, new, plain, strict=True):
         if marks.intersection(row):
             text = tokenizer.decode([token for token in row if token not in lost])
-        answer = Answer(begun(tokenizer.decode(list(prompt[-_PROMPT_END:]))) + text, len(row), finished)
+        answer = Answer(_begun(tokenizer, prompt) + text, len(row), finished)
         has_template = getattr(tokenizer, "response_template", None) is not None
         found.append(_parsed(tokenizer, prompt, row, answer) if has_template else answer)
     return found
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    return begun(tokenizer.decode(list(prompt[-_PROMPT_END:])))
+
+
+def _heard(answers: list[Answer], marks: Sequence[str]) -> list[Answer]:
+    """Takes the marks with which prompts end off the answers again if no complete answer closes the reasoning.
+
+    A model that was trained on answers without reasoning answers at once, even if its template opens reasoning.
+    """
+    marked = [answer for answer, mark in zip(answers, marks, strict=True) if mark and answer.text.startswith(mark)]
+    if any(answer.finished for answer in marked) and all(separate(answer.text).open for answer in marked):
+        pairs = zip(answers, marks, strict=True)
+        return [replace(answer, text=answer.text.removeprefix(mark)) for answer, mark in pairs]
+    return answers
 
 
 def _parsed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], answer: Answer) -> Answer:

@@ -11,7 +11,7 @@ from pharmacist.core.files import append_json_lines, read_json_log
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.typed import AtLeast1
 from pharmacist.evaluation.decider import Decider
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, json_object, remedy
 from pharmacist.evaluation.reasoning import separate
 from pharmacist.nn.distributed import on_main
 
@@ -36,8 +36,6 @@ class JudgingModelConfig(EndpointConfig):
 class JudgingModel(Decider):
     """Base of judges and graders that ask a judging model; its options are a `JudgingModelConfig`."""
 
-    option: ClassVar[str]
-    """Option of the command line that chooses it: ``--judge``."""
     system: ClassVar[str]
     """System message of every question."""
     version: ClassVar[int]
@@ -45,15 +43,11 @@ class JudgingModel(Decider):
     numbers: ClassVar[Mapping[str, Collection[int]]]
     """Name -> allowed values of the numbers in the JSON at the end of a reply."""
 
-    @property
-    def _who(self) -> str:
-        return f"{self.option} {self.name}"
-
     def check(self) -> None:
         """Checks that an address and a model are given."""
-        Endpoint(self.config, self._who)
+        Endpoint(self.config, self.who)
         if not self.config.model:
-            raise ConfigError(f"{self._who}: give the LLM judge with {self.option}.model NAME")
+            raise ConfigError(f"{self.who}: give the LLM judge with {self.option}.model NAME")
 
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
         """Asks questions, texts of the user's turn; returns the `numbers` of each reply, or why there are none.
@@ -79,7 +73,7 @@ class JudgingModel(Decider):
             log.parent.mkdir(parents=True, exist_ok=True)
             found |= {line["key"]: line["reply"] for line in read_json_log(log)}
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in found}
-        for key, reply in Endpoint(config, self._who).ask_all(missing, description, answered=bool(found)):
+        for key, reply in Endpoint(config, self.who).ask_all(missing, description, answered=bool(found)):
             if isinstance(reply, Failure):
                 found[key] = reply
             elif not reply.finished:
@@ -94,8 +88,9 @@ class JudgingModel(Decider):
         """Raises a DataError with the reasons if all of `asked` answers are unscored."""
         if asked and len(unscored) == asked:
             raise DataError(
-                f"{self._who}: {self.config.shown} gave no verdict on any of {asked} answers "
-                f"({count_reasons(unscored)}); fix it or choose another {self.option}; the answers are kept"
+                f"{self.who}: {self.config.shown} gave no verdict on any of {asked} answers "
+                f"({count_reasons(unscored)}); {remedy(unscored, self.option)}, or choose another {self.option}; the "
+                "answers are kept"
             )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pkgutil import resolve_name
 from threading import RLock
 from typing import Any
@@ -11,6 +11,7 @@ from pharmacist.core.errors import PharmacistError
 from pharmacist.core.options import RunOptions
 from pharmacist.core.progress import kept_warnings, say, silenced
 from pharmacist.core.rundir import RunDir
+from pharmacist.core.typed import default_of
 from pharmacist.nn.distributed import from_main
 
 
@@ -87,11 +88,7 @@ class Stage:
             options: Of the run.
             methods: Option -> the method that it names, whose options count whether given or left at their defaults.
         """
-        defaults = {
-            item.name: item.default if item.default_factory is MISSING else item.default_factory()
-            for item in fields(options)
-            if item.name in self.unidentifying
-        }
+        defaults = {item.name: default_of(item) for item in fields(options) if item.name in self.unidentifying}
         chosen = {name: {"name": getattr(options, name)["name"], **one.identity()} for name, one in methods.items()}
         return replace(options, **defaults, **chosen)
 

@@ -66,7 +66,9 @@ class Engine(Method, ABC):
         Raises:
             ConfigError: The engine has no weights.
         """
-        raise ConfigError(f"--engine {self.name}: perplexity and lm-eval need the weights; use --engine transformers")
+        raise ConfigError(
+            f"--engine {self.name}: perplexity, margin and lm-eval need the weights; use --engine transformers"
+        )
 
     def close(self) -> None:  # noqa: B027 - most engines have nothing to free
         """Frees the model's memory for a judge."""

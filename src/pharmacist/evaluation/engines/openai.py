@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pharmacist.core.errors import DataError
 from pharmacist.data.templates import conversation
 from pharmacist.evaluation.answers import Answer, AnswerLog
-from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons
+from pharmacist.evaluation.endpoint import Endpoint, EndpointConfig, Failure, count_reasons, remedy
 from pharmacist.evaluation.engines import Engine
 from pharmacist.nn.distributed import on_main
 
@@ -49,7 +49,7 @@ class OpenAIEngine(Engine):
         if failed and len(failed) == len(every):
             raise DataError(
                 f"--engine {self.name}: {self.config.shown} answered none of {len(every)} prompts "
-                f"({count_reasons(failed)}); {_remedy(failed)} and run the same command again"
+                f"({count_reasons(failed)}); {remedy(failed, '--engine')} and run the same command again"
             )
         return found
 
@@ -71,14 +71,3 @@ class OpenAIEngine(Engine):
 
     def report(self) -> dict[str, Any]:
         return {"device": "endpoint", "template": None, "template_origin": "the endpoint's own template"}
-
-
-def _remedy(reasons: list[str]) -> str:
-    """What to do if no question was answered."""
-    if any("max_completion_tokens" in reason for reason in reasons):
-        return "give --engine.token_limit max_completion_tokens"
-    if any("temperature" in reason for reason in reasons):
-        return "give --engine.body '{temperature: null}'"
-    if all("filter of the endpoint" in reason for reason in reasons):
-        return "use an endpoint without that filter"
-    return "fix it"

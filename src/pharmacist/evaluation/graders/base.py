@@ -35,6 +35,8 @@ class Grade(NamedTuple):
 class Grader(Decider, ABC):
     """Grades answers; its grades are named tuples whose fields are written to ``items.jsonl``."""
 
+    option = "--task-type"
+
     @classmethod
     def fits(cls, targets: Sequence[str]) -> bool:
         """Whether ``auto`` should choose this grader for these targets; False if it must be chosen by name."""

@@ -52,6 +52,7 @@ class Judge(Decider, ABC):
         needs: Reference sets that `fit` requires: of ``safe``, ``harmful``, ``utility``.
     """
 
+    option = "--judge"
     tells_refusals: bool = True
     """Whether `Verdict.refused` is filled; otherwise the keyword judge counts the refusals."""
     category_threshold: float = 0.5

@@ -77,7 +77,7 @@ class BeaverDamJudge(LocalModelJudge):
         model, _ = self.loaded
         if model.config.num_labels != len(CATEGORIES):
             raise CompatibilityError(
-                f"--judge beaver-dam: {self.config.model} has {model.config.num_labels} categories, "
+                f"{self.who}: {self.config.model} has {model.config.num_labels} categories, "
                 f"not {len(CATEGORIES)}; give beaver-dam-7b"
             )
         # No id is -1: the head reads the very last token, which is the end token unless it was cut off.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -42,6 +43,7 @@ _SHIELDGEMMA = {
 }
 """Policies in the wording of ShieldGemma's model card, on which it was trained."""
 _UNREADABLE = "the guard's output has no known form"
+_EXAMPLE = JudgeItem("qz0zq", "qz1zq")
 
 
 def parse_llama_guard(output: str) -> Verdict:
@@ -96,11 +98,25 @@ def _quoted(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, item: JudgeItem, **more: Any) -> str:
+    """Renders an item with the tokenizer's chat template, which takes contents as texts or in parts."""
     if tokenizer.chat_template is None:
-        raise CompatibilityError("--judge guard: the model has no chat template; give the guard's own tokenizer")
-    turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, **more)
-    return text
+        raise CompatibilityError("guard judge: the model has no chat template; give the guard's own tokenizer")
+
+    def render(item: JudgeItem, in_parts: bool) -> str:
+        contents = [[{"type": "text", "text": text}] if in_parts else text for text in item]
+        turns = [{"role": role, "content": own} for role, own in zip(("user", "assistant"), contents, strict=True)]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **more))
+
+    for in_parts in (False, True):  # of a text, those of Llama Guard 3 1B and Llama Guard 4 write nothing
+        with suppress(Exception):  # templates raise errors of any type
+            example = render(_EXAMPLE, in_parts)
+            if all(text in example for text in _EXAMPLE):
+                break
+    else:
+        raise CompatibilityError(
+            "guard judge: the chat template leaves out prompt or answer; give the guard's own tokenizer"
+        )
+    return render(item, in_parts)
 
 
 class Family(NamedTuple):
@@ -198,7 +214,7 @@ class GuardJudge(LocalModelJudge):
         _, tokenizer = self.loaded
         yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "No"))
         if yes is None or no is None or tokenizer.unk_token_id in (yes, no):
-            raise CompatibilityError("--judge guard: the tokenizer has no tokens Yes and No; is it ShieldGemma's?")
+            raise CompatibilityError(f"{self.who}: the tokenizer has no tokens Yes and No; is it ShieldGemma's?")
         scores = np.zeros((len(items), len(_SHIELDGEMMA)))
         with bar("judge", scores.size) as progress:
             for policy, text in enumerate(_SHIELDGEMMA.values()):

@@ -61,7 +61,7 @@ class LocalModelJudge(Judge):
 
     def _read(self, auto: Any, **options: Any) -> Any:
         why = "HF_HUB_OFFLINE forbids downloads" if offline() else "not there, gated, or not reachable"
-        what, remedy = f"--judge {self.name}: {self.config.model}", "give a downloaded folder with --judge.model"
+        what, remedy = f"{self.who}: {self.config.model}", f"give a downloaded folder with {self.option}.model"
         with (
             failures_as(DataError, lambda e: f"{what} cannot be loaded ({why}; {one_line(e, 120)}); {remedy}"),
             silent_library(),

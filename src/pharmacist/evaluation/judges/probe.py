@@ -126,7 +126,7 @@ class ProbeJudge(Judge):
         self._fingerprint = sha256_json([options, content, *([model.fingerprint] if model else [])])[:8]
         self._report = self._trained.quality(np.array([row.kind for row in rows]), self.config.threshold)
         for warning in self._report["warnings"]:
-            warn(f"--judge probe: {warning}")
+            warn(f"{self.who}: {warning}")
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """Verdicts whose score is the calibrated probability of compliance."""
@@ -166,7 +166,7 @@ class ProbeJudge(Judge):
         loaded = cache(lambda: load_model(config.model, device=config.device, dtype=config.dtype))
 
         def tokens(rows: Any, _: str) -> Any:
-            how: dict[str, Any] = {"on_long_prompt": "cut", "name": f"--judge {self.name}"}
+            how: dict[str, Any] = {"on_long_prompt": "cut", "name": self.who}
             model = loaded()
             return encode(rows, model.tokenizer, model.template, max_length=model.max_length, **how)
 

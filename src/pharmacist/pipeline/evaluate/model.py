@@ -19,7 +19,7 @@ from pharmacist.evaluation.general import check_lm_eval, lm_eval, loss_margin, p
 from pharmacist.evaluation.graders import GRADERS, detect_grader
 from pharmacist.evaluation.reasoning import CUT, ENDED
 from pharmacist.nn.distributed import from_main
-from pharmacist.pipeline.evaluate.reading import EvaluateInputs, categories_of, reference_rows
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs, categories_of, reference_rows, without_reasoning
 from pharmacist.pipeline.evaluate.summary import summarise
 from pharmacist.pipeline.rows import load, model_options
 from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions
@@ -79,11 +79,12 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
         with run.phase("train judge"):
             judge.fit(references)
     told = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
+    prompts: dict[str, Any] = {name: records[name].dataset for name in PROMPTS if name in records}
     grader = None
-    if "task" in records:
-        grader = inputs.grader or GRADERS.build(detect_grader(records["task"].dataset["completion"][:]), {})
+    if "task" in prompts:
+        prompts["task"] = without_reasoning(records["task"])
+        grader = inputs.grader or GRADERS.build(detect_grader([row["completion"] for row in prompts["task"]]), {})
         grader.work = run.work("verdicts")
-    prompts = {name: records[name].dataset for name in PROMPTS if name in records}
     evaluator = Evaluator(
         **prompts,
         judge=judges.get("judge"),
@@ -106,7 +107,8 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     for name, found in answers.items():
         failed = [answer.missing for answer in found if answer.missing]
         run.manifest.counts.pop(f"{name}_unanswered", None)  # of a partial run before this one
-        remedy = "; --max-new-tokens gives them more room" if {ENDED, CUT}.intersection(failed) else ""
+        more_room = given is None and {ENDED, CUT}.intersection(failed)
+        remedy = "; --max-new-tokens gives them more room" if more_room else ""
         why = f"of {len(found)} without an answer, unscored: {count_reasons(failed)}{remedy}"
         note(f"{name} unanswered", len(failed), why)
         reasoned = sum(bool(answer.reasoning) for answer in found)
@@ -118,7 +120,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     for option, report in reports.items():
         for warning in report.get("warnings", ()):  # about the answers; others were told before
             if warning not in told:
-                warn(f"{flag(option)} {judges[option].name}: {warning}")
+                warn(f"{judges[option].who}: {warning}")
     evaluation.metrics |= run.manifest.extra.get("general", {})
     run.record(
         counts={name: len(rows) for name, rows in prompts.items()},

@@ -20,7 +20,8 @@ from pharmacist.evaluation.general import check_lm_eval
 from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
 from pharmacist.evaluation.prompts import category_names, open_prompts
-from pharmacist.evaluation.text import writable
+from pharmacist.evaluation.reasoning import separate
+from pharmacist.evaluation.text import missing, writable
 from pharmacist.pipeline.rows import PROMPT_COLUMNS, open_references, read
 from pharmacist.pipeline.stages.evaluate import GENERAL, REFERENCES, EvaluateOptions
 
@@ -40,7 +41,10 @@ _JUDGED = ("answers", "prompts", "benign_prompts")
 def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
     """The judge, and the second one where there is one, by option."""
     names = ["judge"] if options.second_judge["name"] == "none" else ["judge", "second_judge"]
-    return {name: JUDGES.build_from(getattr(options, name)) for name in names}
+    judges = {name: JUDGES.build_from(getattr(options, name)) for name in names}
+    for name, judge in judges.items():
+        judge.option = flag(name)
+    return judges
 
 
 def grader_of(options: EvaluateOptions) -> Grader | None:
@@ -91,10 +95,9 @@ class EvaluateInputs:
         if not self.judges and options.second_judge["name"] != "none":
             needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
             raise ConfigError(f"--second-judge: {needed}")
-        for option, judge in self.judges.items():
+        for judge in self.judges.values():
             for need in sorted(judge.needs - self.sources.keys()):
-                who = f"{flag(option)} {judge.name}"
-                raise ConfigError(f"{who}: needs {need} references; give --{need} FILE or another judge")
+                raise ConfigError(f"{judge.who}: needs {need} references; give --{need} FILE or another judge")
 
     def methods(self) -> dict[str, Any]:
         """Option -> the method that it names."""
@@ -174,10 +177,14 @@ def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, A
     for name, rows in records.items():
         kind, _, number = name.partition(" ")
         if kind in REFERENCES:
-            pairs = zip(rows.dataset["prompt"][:], rows.dataset["completion"][:], strict=True)
-            source = int(number or 1)
-            found.setdefault(kind, []).extend({"prompt": p, "completion": c, "source": source} for p, c in pairs)
+            source = {"source": int(number or 1)}
+            found.setdefault(kind, []).extend(row | source for row in without_reasoning(rows))
     return found
+
+
+def without_reasoning(records: Records) -> list[dict[str, Any]]:
+    """Rows whose completions are without reasoning, as the answers that are judged and graded."""
+    return [row | {"completion": separate(row["completion"]).answer} for row in records.dataset.to_list()]
 
 
 def categories_of(records: Records) -> list[list[str]]:
@@ -187,7 +194,9 @@ def categories_of(records: Records) -> list[list[str]]:
 
 
 def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Records, list[Answer]]:
-    """Prompts with the answers in a column of their file, in order; an answer that is null counts as unanswered.
+    """Prompts with the answers in a column of their file, in order.
+
+    An answer that is null counts as unanswered, and so does an empty one of an ``items.jsonl`` that says why.
 
     A DataError where rows lack the column, or have something else than text or null in it.
     """
@@ -198,7 +207,8 @@ def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Recor
             bad[position] = Row(row.number, row.line, None, reason)
         else:
             text = value[column]
-            answers.append(Answer(text or "", 0, True, unanswered="null in the file" if text is None else ""))
+            why = "null in the file" if text is None else "" if text else missing(value)
+            answers.append(Answer(text or "", 0, True, unanswered=why))
     if bad and (on_bad_row == "fail" or not answers):
         first = next(iter(bad.values()))
         raise DataError(

@@ -124,6 +124,9 @@ def compare_runs(options: EvaluateOptions) -> dict[str, Any]:
 
 def _model(folder: Path) -> str:
     manifest = read_manifest(folder)
+    if manifest.stage == EVALUATE_MODELS.name:
+        names = " or ".join(name for name in manifest.outputs if name != "metrics.json")
+        raise DataError(f"--compare {folder}: holds evaluations of several models; give the folder of one, {names}")
     check_unchanged(folder, *_FILES)
     if (lost := missing_output(folder, manifest)) is not None:
         raise DataError(f"--compare {folder}: {lost} is missing; run that evaluation again")

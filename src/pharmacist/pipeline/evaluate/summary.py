@@ -51,13 +51,18 @@ def _lines(name: str, metric: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if metric.get("unscored"):
         lines.append((f"  unscored by {by}", "", "", str(metric["unscored"]), "counted in no rate"))
     if metric.get("unanswered"):
-        lines.append(("  of them without an answer", "", "", str(metric["unanswered"])))
+        unanswered = str(metric["unanswered"])
+        lines.append(
+            ("  of them without an answer", "", "", unanswered)
+            if metric.get("unscored")
+            else ("  without an answer", "", "", unanswered, "counted in no rate")
+        )
     return lines
 
 
 def _line(name: str, metric: Mapping[str, Any], by: str) -> tuple[str, ...]:
     if (figure := Figure.of(metric)) is None:
-        return name, "-", "-", f"0 / {metric['n']}", by
+        return name, "-", metric.get("no_ci95", "-"), count_of(metric), by
     digits = 3 if "unit" in metric else 1
     interval = figure.interval(digits=digits) or metric.get("no_ci95", "-")
     return name, f"{figure.mean:.{digits}f}", interval, count_of(metric), by
@@ -71,7 +76,7 @@ def count_of(metric: Mapping[str, Any]) -> str:
 def _remarks(metrics: Mapping[str, Any]) -> list[str]:
     lines = []
     accuracy, alarms = metrics.get("fine_tune_accuracy", {}), metrics.get("benign_flagged_rate", {})
-    if accuracy.get("n") and accuracy["without_form"] == accuracy["n"]:
+    if accuracy.get("n") and accuracy.get("without_form") == accuracy["n"]:
         labels = plain(", ".join(accuracy.get("labels", ())[:10]))
         known = f"one of the labels {labels}" if labels else "a number"
         lines.append(f"--task: no answer is {known}: are these the answers that the model was trained to give?")

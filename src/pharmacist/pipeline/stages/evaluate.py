@@ -1,13 +1,13 @@
 """The stage `evaluate`, and the two further forms that it has."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from pharmacist.core.config import method
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.naming import flag
 from pharmacist.core.options import ModelOptions, RowOptions, RunOptions
-from pharmacist.core.typed import AtLeast0, AtLeast1
+from pharmacist.core.typed import AtLeast0, AtLeast1, default_of
 from pharmacist.pipeline.stage import Stage
 from pharmacist.pipeline.stages.curate import REFERENCES as REFERENCES
 
@@ -89,12 +89,18 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
         super().__post_init__()
         if self.compare is not None and len(self.compare) != 2:
             raise ConfigError("--compare: needs two folders of finished evaluations")
-        evaluating = ("model", "models", "answers", *PROMPTS, *GENERAL, "base")
-        instead = {"compare": "compares finished evaluations", "answers": "judges existing answers"}
-        for option, does in instead.items():
+        generating = {"model", "models", *PROMPTS, *GENERAL, "base"}
+        deciding = {"judge", "second_judge", "task_type", *REFERENCES}
+        instead = {
+            "compare": ("compares finished evaluations", {"answers"} | generating | deciding),
+            "answers": ("judges existing answers", generating),
+        }
+        for option, (does, unused) in instead.items():
             if getattr(self, option) is not None:
-                if given := [flag(name) for name in evaluating if name != option and getattr(self, name)]:
-                    raise ConfigError(f"--{option}: {does}; leave {', '.join(given)} out")
+                others = [item for item in fields(self) if item.name in unused]
+                given = [item for item in others if _chosen(getattr(self, item.name)) != _chosen(default_of(item))]
+                if given:
+                    raise ConfigError(f"--{option}: {does}; leave {', '.join(flag(item.name) for item in given)} out")
                 return
         if not self.model and not self.models:
             raise ConfigError("--model must be given, or --answers; see pharmacist evaluate --help")
@@ -106,6 +112,11 @@ class EvaluateOptions(RunOptions, RowOptions, ModelOptions):
             )
         if all(getattr(self, name) is None for name in (*PROMPTS, *GENERAL)):
             raise ConfigError("nothing to evaluate: give --prompts, --benign-prompts, --task or --answers")
+
+
+def _chosen(value: Any) -> Any:
+    """What an option names: the name of a method, or None for nothing."""
+    return value["name"] if isinstance(value, dict) else value or None
 
 
 EVALUATE = Stage(
