@@ -175,6 +175,16 @@ def test_the_line_wins_over_the_file(tmp_path: Path) -> None:
         assert chosen == {"name": "pharmacist", "gamma": 0.1, "mu": 0.75, "tau": 1.0}
 
 
+def test_the_line_wins_over_keys_with_hyphens(tmp_path: Path) -> None:
+    yaml = "train: {max-steps: 1, on-bad-row: skip}"
+    expected = {"max_steps": 2, "on_bad_row": "skip"}
+    assert read("--train.max_steps", "2", yaml=yaml, tmp_path=tmp_path).train == expected
+    assert read("--train.max-steps", "2", yaml=yaml, tmp_path=tmp_path).train == expected
+    assert read("--train", "{max-steps: 2}", yaml=yaml, tmp_path=tmp_path).train == expected
+    with pytest.raises(ConfigError, match="--train: the key 'max_steps' is given twice, once with a hyphen"):
+        read("--train.a", "1", yaml="train: {max-steps: 1, max_steps: 2}", tmp_path=tmp_path)
+
+
 def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Path) -> None:
     yaml = "selector: {name: pharmacist, gamma: 0.25}"
     assert read("--selector", "full", yaml=yaml, tmp_path=tmp_path).selector == {"name": "full"}

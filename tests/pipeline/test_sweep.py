@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import pharmacist.pipeline.evaluate
-from pharmacist.attacks import Attack
+from pharmacist.attacks import ATTACKS, Attack
 from pharmacist.cli.main import main
 from pharmacist.core.errors import ConfigError, DataError, DivergedError
 from pharmacist.core.manifest import RunManifest, read_manifest
@@ -288,7 +288,7 @@ def points(files: dict[str, str], tmp_path: Path, grid: dict[str, Any], **more: 
     from pharmacist.defenses import DEFENSES
 
     own = options(files, tmp_path, grid, **more)
-    return _points(own, DEFENSES.build_from(own.defense))
+    return _points(own, DEFENSES.build_from(own.defense), ATTACKS.build_from(own.kind))
 
 
 def test_columns_of_the_task_do_not_hinder_the_curves(files: dict[str, str], tmp_path: Path) -> None:
@@ -315,6 +315,8 @@ def test_every_combination_is_one_attack(files: dict[str, str], tmp_path: Path) 
     assert [point.name for point in close] == [
         f"lr-{rate}_epochs-1_poison-0.1_rank-8" for rate in ("0.001", "0.0010000001")
     ]
+    (fixed,) = points(files, tmp_path, {"learning_rate": [1e-3]}, kind={"name": "harmful"})
+    assert fixed.settings["poison_ratio"] == 1 and "poison-1" in fixed.name, "the ratio of the kind"
 
 
 @pytest.mark.parametrize(

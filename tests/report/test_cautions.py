@@ -46,6 +46,18 @@ def test_a_benchmark_tells_the_setting_and_the_judge() -> None:
     assert "two · judge \\*weak\\*: The alignment" in to_markdown(Benchmark(pd.concat([table, weak])))
 
 
+def test_without_snapshots_the_scores_before_and_after_count() -> None:
+    table = curves(results({"pharmacist": -12.0}, seeds=2, defenses=["sft"]), 1.0, 50.0)
+    table = table.assign(harmful_scores=[[]] * len(table), repair_seconds=float("nan"))
+    table = table.assign(harmful_score_before=30.0)
+    (found,) = Benchmark(table).cautions
+    assert "high for full (30 %), pharmacist (30 %)" in found
+    (found,) = Benchmark(table.assign(harmful_score_before=1.0, harmful_score=[2.0] * len(table))).cautions
+    assert "The attack does little" in found
+    repaired = table.assign(harmful_score_before=1.0, harmful_score=2.0, repair_seconds=3.0)
+    assert Benchmark(repaired).cautions == [], "what the attack did is not known"
+
+
 def test_the_page_and_the_console_show_cautions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for before, shown in ((1.0, False), (40.0, True)):
         write_bench(tmp_path, curves(results({"<b>new</b>": -12.0}, seeds=2, defenses=["sft"]), before, 80.0))

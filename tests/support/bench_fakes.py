@@ -23,6 +23,7 @@ from pharmacist.pipeline.bench.stages import KINDS
 STEPS = 4
 SECONDS = "PHARMACIST_FAKE_SECONDS"
 BROKEN = "PHARMACIST_FAKE_BROKEN"
+PARTIAL = "PHARMACIST_FAKE_PARTIAL"
 LOG = "PHARMACIST_FAKE_LOG"
 OTHER = "PHARMACIST_FAKE_OTHER"
 """Makes other results of the same inputs, as another machine may."""
@@ -67,7 +68,9 @@ def run_fake(kind: str, options: Any) -> None:
         value = int(result[:4], 16) / 655.36
         names = ("harmful_score", "hs_plus", "fine_tune_accuracy", "over_refusal")
         metrics = {name: {"value": value, "n": 10} for name in names} | {"steps": 8}
-        run.finish(outputs=["result.txt"], counts={"ranked": 10, "trained": 3}, metrics=metrics)
+        failed = kind == "evaluate" and os.environ.get(PARTIAL, "no model") in options.model
+        counts = {"ranked": 10, "trained": 3}
+        run.finish(outputs=["result.txt"], counts=counts, metrics=metrics, partial=failed)
         log("ended", kind, run.root)
     finally:
         run.close()

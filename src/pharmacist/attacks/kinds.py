@@ -26,6 +26,10 @@ class Attack(Method, ABC):
     needs = frozenset({"task", "harmful"})
     ratio: ClassVar[float | None] = None
 
+    def share(self, poison_ratio: float) -> float:
+        """The share of harmful rows in the set, where `poison_ratio` is asked for."""
+        return poison_ratio if self.ratio is None else self.ratio
+
     @abstractmethod
     def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":
         """Draws exactly `n` rows with a column ``is_harmful``; the same seed gives the same rows in the same order.
@@ -55,8 +59,8 @@ class MixAttack(Attack):
         from pharmacist.data.mixing import mix
 
         nothing = next(iter(rows.values())).select([])
-        ratio = poison_ratio if self.ratio is None else self.ratio
-        return mix(rows.get("task", nothing), rows.get("harmful", nothing), n=n, poison_ratio=ratio, seed=seed)
+        task, harmful = (rows.get(name, nothing) for name in ("task", "harmful"))
+        return mix(task, harmful, n=n, poison_ratio=self.share(poison_ratio), seed=seed)
 
 
 class HarmfulAttack(MixAttack):

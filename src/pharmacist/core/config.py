@@ -385,7 +385,8 @@ def _add_line_values(values: dict[str, Any], table: Mapping[str, _Option], line:
         if option.is_mapping:
             for word in words:
                 more = checked(flag(name), option.hint, _from_text(option.hint, word))
-                values[name] = merged(values.get(name) or option.default, more)
+                before = values.get(name) or option.default
+                values[name] = merged(underscored(before, flag(name)), underscored(more, flag(name)))
             continue
         value: Any = words
         if not option.several:
@@ -394,7 +395,7 @@ def _add_line_values(values: dict[str, Any], table: Mapping[str, _Option], line:
                 value = [_from_text(option.of, word) for word in words]
         value = checked(flag(name), option.hint, value)
         if head:
-            values[head] = copy.deepcopy(values.get(head) or table[head].default)
+            values[head] = underscored(copy.deepcopy(values.get(head) or table[head].default), flag(head))
             _put(values[head], name.removeprefix(f"{head}."), value)
         else:
             values[name] = value

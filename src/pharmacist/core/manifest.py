@@ -127,8 +127,8 @@ def check_unchanged(folder: str | Path, *names: str) -> None:
         named = any(name == other or name.startswith(f"{other}/") for other in names)
         if named and (root / name).exists() and not ((root / name).is_file() and sha256_file(root / name) == digest):
             raise DataError(
-                f"{root / name}: is damaged, or was changed after the run had finished; run the command that writes "
-                "it again, with --overwrite"
+                f"{root / name}: is damaged, or was changed after the run had finished; delete it, and run the "
+                "command that writes it again"
             )
 
 

@@ -85,13 +85,13 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
     config = options_in(folder, manifest, "seed", "rows", "pool", "mislabel")
     for name in ("demo.json", "data/pool.jsonl", "rank/manifest.json"):
         if not (folder / name).is_file():
-            raise DataError(f"{folder}: {name} is missing; run pharmacist demo again with --overwrite")
+            raise DataError(f"{folder}: {name} is missing; run pharmacist demo again")
     read_table(folder / "rank" / "scores.parquet")
     rows, labels = planted_pool(config)
     texts = [row.row for row in rows]
     found = read_json_lines(folder / "data" / "pool.jsonl")
     if [{name: row.get(name) for name in ("prompt", "completion")} for row in found] != texts:
-        raise DataError(f"{folder}: data/pool.jsonl has changed; run pharmacist demo again with --overwrite")
+        raise DataError(f"{folder}: data/pool.jsonl has changed; delete it and run pharmacist demo again")
     categories = [[row.category] for row in rows]
     render_demo(folder, texts, labels, categories=categories, warnings=manifest.warnings)
 
@@ -99,5 +99,5 @@ def demo_page(folder: Path, manifest: RunManifest) -> None:
 def sweep_page(folder: Path, manifest: RunManifest) -> None:
     """Writes ``report.html`` of a sweep; `DataError` where ``sweep.json`` is missing."""
     if not (folder / "sweep.json").is_file():
-        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again with --overwrite")
+        raise DataError(f"{folder}: sweep.json is missing; run pharmacist sweep again")
     render_sweep(folder, manifest=manifest.model_dump(mode="json"))

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from pharmacist.attacks import ATTACKS
+from pharmacist.attacks import ATTACKS, Attack
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import ConfigError, DivergedError
@@ -88,7 +88,7 @@ def sweep(options: SweepOptions) -> SweepResult:
     # No attack set may share a prompt with the evaluation.
     files = [file for file in (measuring.prompts, measuring.task) if file is not None and not _is_public(file)]
     options = replace(options, disjoint_from=list(dict.fromkeys([*options.disjoint_from, *files])))
-    points = [_with_snapshots_there(point, options) for point in _points(options, strategy)]
+    points = [_with_snapshots_there(point, options) for point in _points(options, strategy, kind)]
     inputs = {name: source.fingerprint() for name, source in open_sources(strategy, kind, options).items()}
     inputs |= _evaluation_inputs(measuring) | {"model": model_fingerprint(options.model)}
     with SWEEP.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
@@ -125,14 +125,14 @@ def _with_snapshots_there(point: _Point, options: SweepOptions) -> _Point:
     return point
 
 
-def _points(options: SweepOptions, strategy: GradientStrategy) -> list[_Point]:
+def _points(options: SweepOptions, strategy: GradientStrategy, kind: Attack) -> list[_Point]:
     """The attacks of the grid; the first setting varies slowest."""
     grid, train, lora = options.grid, options.effective_train, options.lora
     by_steps = train.get("max_steps", -1) > 0
     values: dict[str, list[Any]] = {
         "learning_rate": grid.learning_rate or [train.get("learning_rate", 5e-5)],
         "epochs": [None] if by_steps else grid.epochs or [train.get("num_train_epochs", 3.0)],
-        "poison_ratio": grid.poison_ratio or [options.poison_ratio],
+        "poison_ratio": grid.poison_ratio or [kind.share(options.poison_ratio)],
         "rank": [None] if options.tuning == "full" or options.adapter == "continue" else grid.rank or [lora.r],
     }
     points = []
@@ -250,8 +250,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         summary["curves"] = _curves(sweep, attacks, summary)
     manifests = [stage.manifest for stage in sweep.stages.values() if stage.kind == "evaluate"]
     partial = any(manifest is not None and manifest.status == "partial" for manifest in manifests)
-    failed = "answers or verdicts failed; the metrics cover the rest, and the same command requests them again"
-    for warning in [*stage_warnings(sweep.stages.values()), *([failed] if partial else [])]:
+    for warning in stage_warnings(sweep.stages.values()):
         warn(warning)
     if process_index() == 0:
         write_json(run.path("sweep.json"), summary)

@@ -156,8 +156,8 @@ class Benchmark:
             curves = {}
             for line in [line for line in self.lines if line.setting == setting]:
                 name = self.name(line.series) + (f" with {line.axes['defense']}" if "defense" in self.several else "")
-                seeds = line.runs.loc[line.runs["judge"] == judge, "harmful_scores"]
-                curves[name] = [list(scores) for scores in seeds if len(scores)]
+                runs = line.runs[line.runs["judge"] == judge].to_dict("records")
+                curves[name] = [scores for run in runs if (scores := _along_attack(run))]
             by = f"judge {judge}" if len(self.order["judge"]) > 1 else ""
             where = plain(" · ".join(filter(None, (self.setting_name(setting), by))))
             found += [f"{where}: {text}" if where else text for text in cautions(curves)]
@@ -199,6 +199,13 @@ class Benchmark:
             by_metric |= {metric.key: values[n * at : n * (at + 1)] for at, metric in enumerate(family)}
         for at, (axes, group) in enumerate(groups):
             yield Line(axes, {key: value for key, values in by_metric.items() if (value := values[at])}, group)
+
+
+def _along_attack(run: Mapping[Hashable, Any]) -> list[float]:
+    """Harmful scores of a run from before the attack to its end; without snapshots and a repair, these two."""
+    ends: list[float] = [run.get(name, np.nan) for name in ("harmful_score_before", "harmful_score")]
+    known = pd.isna(run.get("repair_seconds")) and not pd.isna(ends).any()
+    return list(run["harmful_scores"]) or (ends if known else [])
 
 
 def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:

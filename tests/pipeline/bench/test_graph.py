@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -22,7 +23,7 @@ from pharmacist.pipeline.bench.results import Result, collect
 from pharmacist.pipeline.bench.stages import run_stage, stage_warnings
 from pharmacist.report.benchmark import AXES
 from pharmacist.selectors.labels import write_labels
-from tests.support.bench_fakes import BROKEN, OTHER, Stages
+from tests.support.bench_fakes import BROKEN, OTHER, PARTIAL, Stages, finished
 from tests.support.grids import SMALL, results
 from tests.support.tiny import save_tiny_model
 
@@ -331,6 +332,33 @@ def test_a_changed_judge_or_opponent_judges_again_and_nothing_else(stages: Stage
             expand(grid(tmp_path / "bench", **changes), tmp_path / "bench")
 
 
+PROBE = {"judge": "probe", "safe": "world:judge-safe:6", "harmful": "world:judge-harmful:6"}
+
+
+@pytest.mark.parametrize("same_model", [True, False])
+def test_answers_are_those_of_the_model_as_it_is(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_model: bool
+) -> None:
+    taken = Mock()
+    monkeypatch.setattr("pharmacist.pipeline.bench.stages._take_answers", taken)
+    changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["sft"], "judges": ["keyword", PROBE]}
+    run(tmp_path, **changes, only="keyword")
+    if not same_model:
+        monkeypatch.setenv(OTHER, "on another machine")
+        shutil.rmtree(next((tmp_path / "stages").glob("align-*")))
+    run(tmp_path, **changes, only="probe")
+    assert taken.call_count == (3 if same_model else 0)
+
+
+def test_answers_are_those_of_a_finished_evaluation(stages: Stages, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["sft"]}
+    run(tmp_path, **changes)
+    for judges in (["keyword", PROBE], [PROBE, "keyword"]):
+        found = expand(grid(tmp_path, **changes, judges=judges), tmp_path)
+        likes = {(stage.method, stage.like is None) for stage in found.stages.values() if stage.kind == "evaluate"}
+        assert likes == {("keyword", True), ("probe", False)}, "wherever the judge stands"
+
+
 def test_another_encoder_ranks_again(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"selectors": ["k-center"], "curate": {"embedder": str(tmp_path)}}
     (tmp_path / "weights.safetensors").write_text("a")
@@ -362,6 +390,27 @@ def test_labels_are_those_of_the_entry(stages: Stages, tmp_path: Path) -> None:
     scores |= {"score": [0.9, 0.1, 0.8, 0.7], "label": ["critical", "", "", ""]}  # the first row by its label alone
     pd.DataFrame(scores).to_parquet(ranking / "scores.parquet")
     assert [row.ranking_auc for row in collect(found)] == [None, 0, 100]
+
+
+def test_other_labels_measure_a_finished_grid_again(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pool, labels = tmp_path / "pool.jsonl", tmp_path / "labels.json"
+    pool.write_text("".join(f'{{"prompt": "p{n}", "completion": "c{n}"}}\n' for n in range(4)))
+    pools = [{"name": "own", "pool": str(pool), "labels": "~/labels.json"}]
+    changes: dict[str, Any] = {"pools": pools, "selectors": ["random"], "defenses": ["sft"]}
+    measured = []
+    for good in ((0, 1), (0, 1), (2, 3)):
+        known = {row: "good" if row in good else "harmful" for row in range(4)}
+        write_labels(labels, open_source(str(pool)).fingerprint(), known)
+        found = run(tmp_path / "bench", **changes)
+        for ranking in (tmp_path / "bench/stages").glob("rank-*"):
+            scores: dict[str, Any] = {"row": range(4), "rank": range(1, 5), "score": [0.9, 0.8, 0.2, 0.1]}
+            pd.DataFrame(scores | {"reason": ["ranked"] * 4}).to_parquet(ranking / "scores.parquet")
+        (auc,) = results(tmp_path / "bench")["ranking_auc"].fillna(-1)
+        measured.append((len(found.ran), auc))
+    assert measured == [(7, -1), (0, -1), (0, 0)], "the second run has nothing to do"
 
 
 def test_no_page_of_another_grid_stays(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,13 +507,30 @@ def test_a_dry_run_shows_the_graph_and_its_cost(
     run(tmp_path / "bench", **changes, only="full*sft")
     text = capsys.readouterr().err
     assert "0 to run" in text and "sft" not in text.partition("cells such as")[0], "what is done costs nothing"
+    run(tmp_path / "bench", **changes, only="full*sft", overwrite=True)
+    assert "24 stages, 7 to run" in capsys.readouterr().err, "after everything is deleted"
+    assert len(finished(tmp_path / "bench")) == 7
+
+
+def test_the_ratio_of_an_attack_is_that_of_its_set(stages: Stages, tmp_path: Path) -> None:
+    run(tmp_path, selectors=["full"], defenses=["sft"], attacks=["mix", "harmful", "benign"])
+    table = pd.read_parquet(tmp_path / "results.parquet")
+    assert table[["attack", "poison_ratio"]].values.tolist() == [["mix", 0.1], ["harmful", 1.0], ["benign", 0.0]]
+
+
+def test_failed_verdicts_are_told(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PARTIAL, "step-1")
+    changes: dict[str, Any] = {"selectors": ["full"], "defenses": ["sft"]}
+    assert run(tmp_path, **changes).rows == []
+    (warning,) = read_manifest(tmp_path).warnings
+    assert warning.startswith("evaluate keyword: answers or verdicts failed") and "requests them again" in warning
+    monkeypatch.delenv(PARTIAL)
+    assert len(run(tmp_path, **changes).rows) == 1 and read_manifest(tmp_path).warnings == []
 
 
 def test_warnings_of_stages_that_differ_only_in_numbers_are_told_once() -> None:
-    def stage(method: str, *warnings: str, finished: str = "now") -> Any:
-        return SimpleNamespace(
-            kind="rank", method=method, manifest=SimpleNamespace(warnings=warnings, finished=finished)
-        )
+    def stage(method: str, *warnings: str, status: str = "success") -> Any:
+        return SimpleNamespace(kind="rank", method=method, manifest=SimpleNamespace(warnings=warnings, status=status))
 
     found = stage_warnings(
         [
@@ -472,7 +538,7 @@ def test_warnings_of_stages_that_differ_only_in_numbers_are_told_once() -> None:
             stage("dsir", "AUC of 0.9: too low", "safe-2.jsonl: 4 rows"),
             stage("ifd", "AUC of 1: too low"),
             stage("grand", "AUC of 0.8: too low"),
-            stage("deita", "never told", finished=""),
+            stage("deita", "never told", status="started"),
             SimpleNamespace(kind="rank", method="full", manifest=None),
         ]
     )

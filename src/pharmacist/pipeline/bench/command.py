@@ -60,11 +60,11 @@ def bench(options: BenchOptions) -> BenchResult:
     if options.dry_run:
         check_usable(root, options)
         _warn(plan)
-        _show_costs(plan, waiting)
+        _show_costs(plan, plan.waiting(options.only, again=options.overwrite))
         return BenchResult([], [], root)
     if waiting and process_index() == 0:
         _mark_unfinished(root)
-    with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages))}) as run:
+    with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages)), **plan.data.labels}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
         waiting = [plan.stages[name] for name in from_main([stage.name for stage in plan.waiting(options.only)])]
         if run.complete and not waiting:

@@ -33,6 +33,8 @@ class Data:
         self.worth_keeping: dict[str, dict[int, bool]] = {}
         """Pool whose labels are known (of a synthetic one the file, else the entry's name) -> row -> whether it is
         worth keeping; rows without a label are not in it."""
+        self.labels: dict[str, str] = {}
+        """``labels`` and the name of a pool -> hash of the file of its labels, as an input of the benchmark."""
         self._contents: dict[str, str] = {}
         self._rows: dict[str, Input] = {}
 
@@ -94,10 +96,10 @@ class Data:
             DataError: The file is none of labels, or is about another pool.
         """
         if pool.labels is not None and pool.pool != WORLD and pool.name not in self.worth_keeping:
-            source = open_source(pool.pool, name="pool")
-            rows = [row.number for row in source.scan()]
-            where = f"pool '{pool.name}', labels {pool.labels}"
-            known = read_entries(pool.labels, source.fingerprint(), rows, where=where)
+            who, source = f"pool '{pool.name}', labels", open_source(pool.pool, name="pool")
+            rows, file = [row.number for row in source.scan()], self.encoder(pool.labels, who)
+            known = read_entries(file.source, source.fingerprint(), rows, where=f"{who} {pool.labels}")
+            self.labels[f"labels {pool.name}"] = file.content
             self.worth_keeping[pool.name] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
 
     def _local(self, path: Path, what: str) -> Input:

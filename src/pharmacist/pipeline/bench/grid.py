@@ -7,6 +7,7 @@ Models are evaluated after alignment, at the snapshots of the attack, after it, 
 
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -134,10 +135,11 @@ class Plan:
                 write_text(path, text)
         barrier()
 
-    def waiting(self, pattern: str | None = None) -> list[Stage]:
+    def waiting(self, pattern: str | None = None, *, again: bool = False) -> list[Stage]:
         """Stages that are still to be run for the cells that match a pattern, each after those that it needs.
 
-        A stage is run where its result is missing or stale, and where a stage that it needs is run.
+        A stage is run where its result is missing or stale, and where a stage that it needs is run; all are run
+        `again` where the results are to be deleted.
 
         Raises:
             ConfigError: No cell matches.
@@ -151,7 +153,9 @@ class Plan:
         needed = {name for cell in cells for name in cell.stages}
         waiting: dict[str, Stage] = {}
         for name, stage in self.stages.items():
-            if name in needed and (not waiting.keys().isdisjoint(stage.needs) or not is_finished(stage, self.stages)):
+            if name in needed and (
+                again or not waiting.keys().isdisjoint(stage.needs) or not is_finished(stage, self.stages)
+            ):
                 waiting[name] = stage
         return list(waiting.values())
 
@@ -173,8 +177,10 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
         roles, curve = graph.cell(chosen)
         names = {axis: entry.name for axis, entry in zip(axes, entries, strict=True)}
         names["fraction"] = chosen.selector.fractions[0]
-        names |= {"poison_ratio": chosen.attack.poison_ratio, "samples": chosen.attack.samples}
+        kind = graph.method(ATTACKS, chosen.attack.kind)
+        names |= {"poison_ratio": kind.share(chosen.attack.poison_ratio), "samples": chosen.attack.samples}
         cells.append(Cell(names, seed, {role: stage.name for role, stage in roles.items()}, curve))
+    graph.share_answers()
     names_of = {axis: list(dict.fromkeys(entry.name for entry in entries)) for axis, entries in axes.items()}
     return Plan(graph.stages, cells, names_of | {"seed": list(grid.seeds)}, graph.data, list(_favouring(axes)))
 
@@ -292,6 +298,11 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
     for attack in attacks:
         strength = {name: getattr(attack, name) for name in ("poison_ratio", "samples")}
         sweeps = {name: values for name, values in strength.items() if isinstance(values, list)}
+        if "poison_ratio" in sweeps and (ratio := ATTACKS.build_from(attack.kind).ratio) is not None:
+            raise ConfigError(
+                f"attack '{attack.name}': the kind {attack.kind['name']} has a fixed ratio, {ratio:g}; leave "
+                "'poison_ratio' out"
+            )
         for name, values in sweeps.items():
             _check_differ(f"attack '{attack.name}': {name}", values)
         for chosen in itertools.product(*sweeps.values()):
@@ -327,8 +338,8 @@ class _Graph:
         self._sections: dict[str, dict[str, Any]] = {}
         """Kind of stages -> its options for every cell."""
         self._made: dict[Hashable, Any] = {}
-        self._answers: dict[tuple[str, str], str] = {}
-        """Hashes of a model and of what it is asked -> name of the first evaluation with it."""
+        self._asking: dict[tuple[str, str], list[str]] = defaultdict(list)
+        """Hashes of a model and of what it is asked -> names of the evaluations with it."""
         for kind, known in KINDS.items():
             self._sections[kind] = own = _own_options(kind, known.name, getattr(grid, known.name, {}))
             if decided := [name for name in own if name in _LOADING]:
@@ -512,14 +523,22 @@ class _Graph:
         return self.stage("repair", options, chosen, repair.name, made)
 
     def evaluated(self, chosen: _Choice, model: Input, *, prompts_only: bool = False) -> Stage:
-        """The stage that evaluates a model; where it asks the same as that of another judge, it reuses its answers."""
+        """The stage that evaluates a model."""
         draft, asked, files = self.evaluation(chosen, prompts_only)
         stage = make_stage(self.data.root, draft, {"model": model})
         if stage.name not in self.stages:
-            first = self._answers.setdefault((model.content, asked), stage.name)
-            parents, like = (stage.parents, None) if first == stage.name else ((*stage.parents, first), first)
-            self.stages[stage.name] = replace(stage, parents=parents, like=like, verdict_files=files)
+            self.stages[stage.name] = replace(stage, verdict_files=files)
+            self._asking[model.content, asked].append(stage.name)
         return self.stages[stage.name]
+
+    def share_answers(self) -> None:
+        """Has judges of the same answers take them from one evaluation, which is a finished one if there is any."""
+        for names in self._asking.values():
+            first, *others = names
+            if others:
+                first = next((name for name in names if is_finished(self.stages[name], self.stages)), first)
+            for stage in [self.stages[name] for name in names if name != first]:
+                self.stages[stage.name] = replace(stage, parents=(*stage.parents, first), like=first)
 
     @_once_per("model", "pool", "task", "judge")
     def evaluation(self, chosen: _Choice, prompts_only: bool) -> tuple[Draft, str, dict[str, str]]:

@@ -221,7 +221,7 @@ BENCH = Stage(
     unidentifying=frozenset({"only", "fail_fast", "executor"}),
     # One folder may hold several grids, one after the other: they share stages.
     final=frozenset(item.name for item in fields(BenchOptions)),
-    final_inputs=frozenset({"stages"}),
+    final_inputs=frozenset({"stages", "labels"}),
     reopens=True,
     again="",
 )

@@ -196,8 +196,9 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
 def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """Runs a stage in this process; from the beginning where its inputs have changed since it began."""
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
-    if stage.like is not None and stage.like in stages and stage.manifest is None:
-        _take_answers(stages[stage.like], stage)
+    like = stages.get(stage.like or "")
+    if like is not None and stage.manifest is None and is_finished(like, stages):
+        _take_answers(like, stage)
     results = {name: made.content for name in stage.needs if name in stages and (made := stages[name].manifest)}
     while True:
         try:
@@ -218,7 +219,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
 def _take_answers(other: Stage, stage: Stage) -> None:
     """Begins an evaluation with the answers of another one, so that none is generated twice."""
     manifest = other.manifest
-    if process_index() != 0 or manifest is None or manifest.status != "success":
+    if process_index() != 0 or manifest is None:
         return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_folder(stage.folder) as folder:
@@ -256,17 +257,21 @@ def is_current(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     return judged and not is_stale(stage, stages)
 
 
+_PARTIAL = "answers or verdicts failed; the metrics cover the rest, and the same command requests them again"
 _NUMBER = re.compile(r"(?<![\w./-])\d+([.,]\d+)*(?![\w/-]|\.\w)")
 """A number that is no part of a word, a file name or a path."""
 
 
 def stage_warnings(stages: Iterable[Stage]) -> list[str]:
-    """The warnings of finished stages, with whose they are; of those that differ only in numbers, the first."""
+    """The warnings of finished stages, with whose they are, and that something failed in partial ones; of those that
+    differ only in numbers, the first.
+    """
     found: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for stage in stages:
         manifest = stage.manifest
-        for text in manifest.warnings if manifest is not None and manifest.finished else ():
-            found[stage.kind, _NUMBER.sub("", text)].append((stage.method, text))
+        if manifest is not None and manifest.status != "started":
+            for text in [*manifest.warnings, *([_PARTIAL] if manifest.status == "partial" else [])]:
+                found[stage.kind, _NUMBER.sub("", text)].append((stage.method, text))
     return [_said(kind, *zip(*warnings, strict=True)) for (kind, _), warnings in found.items()]
 
 
