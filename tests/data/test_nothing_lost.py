@@ -3,6 +3,8 @@
 Every kind of input, in every format that can hold it.
 """
 
+import datetime
+import decimal
 import json
 import time
 from collections.abc import Iterator
@@ -393,6 +395,20 @@ def test_where_takes_nan_as_text_and_as_a_number(cell):
 
     assert Condition("x", "nan").holds({"x": cell}) and Condition("x", "NaN").holds({"x": cell})
     assert not Condition("x", "1").holds({"x": cell})
+
+
+def test_where_compares_what_a_column_of_parquet_shows(tmp_path):
+    from pharmacist.data.where import Condition
+
+    row = {"prompt": "p", "completion": "c", "price": decimal.Decimal("1.50"), "day": datetime.date(2020, 2, 29)}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    for value, at, kept in (("1.5", "price", 1), ("2", "price", 0), ("2020-02-29", "day", 1), ("2020", "day", 0)):
+        where, source = [Condition(at, value)], open_source(tmp_path / "rows.parquet")
+        if kept:
+            assert len(read_records(source, work_dir=tmp_path / "w", where=where)) == 1
+            continue
+        with pytest.raises(DataError, match=f"none of 1 rows has {at}={value}"):
+            read_records(source, work_dir=tmp_path / "w", where=where)
 
 
 def test_where_is_for_the_files_that_have_the_column(tmp_path):

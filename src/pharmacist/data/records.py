@@ -209,7 +209,7 @@ def read_records(
             except TypeError as error:
                 what = f"{', '.join(map(str, where or ()))}: a row {error} there"
                 raise DataError(
-                    f"{source.where}: --where {what}; only text, numbers, true and false can be compared"
+                    f"{source.where}: --where {what}; a list, an object or bytes cannot be compared"
                 ) from error
             total += 1
             if not total % _FLUSH_ROWS:

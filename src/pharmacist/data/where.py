@@ -29,11 +29,11 @@ class Condition:
         return f"{self.column}={self.value}"
 
     def holds(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has the value; a TypeError where it holds a list or an object, which no value equals."""
+        """Whether a row has the value; a TypeError for a list, an object or bytes, which no value equals."""
         found = row.get(self.column)
         if found is None:
             return self.value.lower() in ("null", "none")
-        if not isinstance(found, str | int | float):
+        if isinstance(found, list | Mapping | bytes):
             raise TypeError(f"holds {type(found).__name__}")
         text = str(found).strip()
         if text == self.value or {text.lower(), self.value.lower()} in ({"true"}, {"false"}, {"nan"}):

@@ -125,7 +125,8 @@ def choose(
         raise ConfigError("balance_share: the pool was ranked without --balance, so there are no groups")
     if diversity in SPREAD and points is None:
         raise ConfigError(
-            f"diversity {diversity}: needs distances between rows; rank the pool with this diversity first"
+            f"diversity {diversity}: needs distances between rows; rank the pool with this diversity, and do not load "
+            "the ranking from a folder"
         )
     if sum(value is not None for value in (fraction, k, min_score)) != 1:
         raise ConfigError("give exactly one of fraction, k and min_score")
