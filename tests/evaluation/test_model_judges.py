@@ -452,11 +452,8 @@ def test_a_judge_that_is_a_model_is_gone_before_the_next_is_loaded(
 ) -> None:
     dam = JUDGES.build("beaver-dam", {"model": save_classifier(tmp_path / "dam"), "device": "cpu"})
     own = {"model": save_guard(tmp_path / "guard", GUARD_CHAT), "family": "shieldgemma", "device": "cpu"}
-    guard, rows, there = (
-        JUDGES.build("guard", own),
-        [{"prompt": item.prompt} for item in ITEMS],
-        list[tuple[bool, bool]](),
-    )
+    guard, rows = JUDGES.build("guard", own), [{"prompt": item.prompt} for item in ITEMS]
+    there: list[tuple[bool, bool]] = []
     for judge in (dam, guard):
         judge.fit({})
         plain = judge.judge
