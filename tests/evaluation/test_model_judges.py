@@ -447,6 +447,29 @@ def test_what_an_llm_judge_demands_is_told_as_an_option() -> None:
 # --- two judges
 
 
+def test_a_judge_that_is_a_model_is_gone_before_the_next_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dam = JUDGES.build("beaver-dam", {"model": save_classifier(tmp_path / "dam"), "device": "cpu"})
+    own = {"model": save_guard(tmp_path / "guard", GUARD_CHAT), "family": "shieldgemma", "device": "cpu"}
+    guard, rows = JUDGES.build("guard", own), [{"prompt": item.prompt} for item in ITEMS]
+    there: list[tuple[bool, bool]] = []
+    for judge in (dam, guard):
+        judge.fit({})
+        plain = judge.judge
+
+        def spied(items: Any, plain: Any = plain) -> Any:
+            found = plain(items)
+            there.append(("loaded" in vars(dam), "loaded" in vars(guard)))
+            return found
+
+        monkeypatch.setattr(judge, "judge", spied)
+    evaluator = Evaluator(prompts=rows, benign_prompts=rows, judge=dam, second_judge=guard)
+    answers = [Answer(item.answer, 3, True) for item in ITEMS]
+    found = evaluator.assess({"prompts": answers, "benign_prompts": answers})
+    assert there == [(True, False)] * 2 + [(False, True)] * 2 and found.metrics["judge_agreement"]["n"] == 8
+
+
 def test_agreement_is_cohens_kappa() -> None:
     # 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: kappa 0.4 (the usual textbook table).
     first = [True] * 25 + [False] * 25 + [None]

@@ -414,7 +414,7 @@ def test_a_kind_of_another_package_is_swept_over_its_ratio(
             {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}},
             "--grid.rank 3: lora.alpha would not be whole",
         ),
-        ({"rank": [4]}, {"evaluate": "judge"}, "--judge probe: needs harmful references"),
+        ({"rank": [4]}, {"evaluate": "judge"}, "--evaluate.judge probe: needs harmful .* --evaluate.harmful"),
         ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),
         ({"rank": [4]}, {"evaluate": "missing"}, "--evaluate.safe nowhere.jsonl: no such file"),
         ({"rank": [4]}, {"evaluate": "shared"}, "the attack set: .* share a prompt with"),

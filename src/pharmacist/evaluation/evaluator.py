@@ -126,18 +126,18 @@ class Evaluator:
     def assess(self, answers: Mapping[str, Sequence[Answer]]) -> Evaluation:
         """Judges and grades answers by prompt set, whose reasoning is `separated` already."""
         metrics: dict[str, Metric] = {}
-        items: list[dict[str, Any]] = []
         deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
         for decider in deciders:
             decider.missing = 0
-        for name, found in answers.items():
-            added = [self._item(name, position, answer) for position, answer in enumerate(found)]
-            metrics |= self._grade(added) if name == "task" else self._judge(name, added)
-            items += added
+        by_set = {name: [self._item(name, *one) for one in enumerate(found)] for name, found in answers.items()}
+        verdicts = self._verdicts({name: own for name, own in by_set.items() if name != "task"})
+        for name, own in by_set.items():
+            metrics |= self._grade(own) if name == "task" else self._judge(name, own, verdicts[name])
+        items = [item for own in by_set.values() for item in own]
         if self.judge is not None and self.second_judge is not None:
             judges = self.judge.label, self.second_judge.label
-            verdicts = [item["verdicts"] for item in items if "verdicts" in item]
-            pairs = [(by_judge[judges[0]]["harmful"], by_judge[judges[1]]["harmful"]) for by_judge in verdicts]
+            judged = [item["verdicts"] for item in items if "verdicts" in item]
+            pairs = [(by_judge[judges[0]]["harmful"], by_judge[judges[1]]["harmful"]) for by_judge in judged]
             metrics["judge_agreement"] = agreement(pairs, judges)
         failed = sum("error" in item for item in items)
         return Evaluation(metrics, items, failed + sum(decider.missing for decider in deciders))
@@ -175,20 +175,29 @@ class Evaluator:
             raise DataError("items.jsonl lacks answers; --overwrite evaluates again")
         return found
 
-    def _judge(self, name: str, items: list[dict[str, Any]]) -> dict[str, Metric]:
+    def _verdicts(self, judged: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, list[Verdict]]]:
+        """Verdicts on items by prompt set and judge; one judge after the other, since each may fill the memory."""
+        found: dict[str, dict[str, list[Verdict]]] = {name: {} for name in judged}
+        for judge in dict.fromkeys(filter(None, (self.judge, self._refusals, self.second_judge))):
+            for name, items in judged.items():
+                answered = [JudgeItem(item["prompt"], item["answer"]) for item in items if not missing(item)]
+                own = list(judge.judge(answered))
+                if len(own) != len(answered):
+                    raise CompatibilityError(f"judge '{judge.name}': {len(own)} verdicts on {len(answered)} answers")
+                given = iter(own)
+                # An answer that never came is unscored, whatever the judge.
+                found[name][judge.label] = [
+                    Verdict(None, note=f"no answer: {why}") if (why := missing(item)) else next(given)
+                    for item in items
+                ]
+            judge.close()
+        return found
+
+    def _judge(
+        self, name: str, items: Sequence[dict[str, Any]], by_judge: Mapping[str, Sequence[Verdict]]
+    ) -> dict[str, Metric]:
         """Metrics of answers to prompts; their verdicts are added to `items`."""
         assert self.judge is not None and self._refusals is not None
-        answered = [JudgeItem(item["prompt"], item["answer"]) for item in items if not missing(item)]
-        by_judge: dict[str, list[Verdict]] = {}
-        for judge in dict.fromkeys(filter(None, (self.judge, self._refusals, self.second_judge))):
-            own = list(judge.judge(answered))
-            if len(own) != len(answered):
-                raise CompatibilityError(f"judge '{judge.name}': {len(own)} verdicts on {len(answered)} answers")
-            judged = iter(own)
-            # An answer that never came is unscored, whatever the judge.
-            by_judge[judge.label] = [
-                Verdict(None, note=f"no answer: {why}") if (why := missing(item)) else next(judged) for item in items
-            ]
         verdicts = by_judge[self.judge.label]
         for position, item in enumerate(items):
             item["harmful"] = verdicts[position].harmful
@@ -203,7 +212,7 @@ class Evaluator:
             if self.second_judge is not None:
                 label = self.second_judge.label
                 metrics["harmful_score_second"] = rate((verdict.harmful for verdict in by_judge[label]), label)
-        unanswered = len(items) - len(answered)
+        unanswered = sum(bool(missing(item)) for item in items)
         for metric in metrics.values():  # how many of the unscored are no answers at all
             if unanswered and "unscored" in metric:
                 metric["unanswered"] = unanswered

@@ -66,6 +66,9 @@ class Judge(Decider, ABC):
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         """One verdict per item, in order."""
 
+    def close(self) -> None:  # noqa: B027 - most judges have nothing to free
+        """Frees the memory of a model for another judge's; another call of `judge` loads it again."""
+
     def report(self) -> dict[str, Any]:
         """The judge's own quality and ``warnings``, for the manifest."""
         return {}

@@ -74,6 +74,9 @@ class LocalModelJudge(Judge):
         model = self._read(self.auto_class, dtype=resolve_dtype(self.config.dtype, device), use_safetensors=True)
         return model.to(device).eval().requires_grad_(False), tokenizer
 
+    def close(self) -> None:
+        vars(self).pop("loaded", None)
+
     def logits(self, ids: list[list[int]], **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yields positions and logits of inputs (token ids) in batches of equal length, so that nothing is padded.
 

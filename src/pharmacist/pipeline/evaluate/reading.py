@@ -41,10 +41,7 @@ _JUDGED = ("answers", "prompts", "benign_prompts")
 def judges_of(options: EvaluateOptions) -> dict[str, Judge]:
     """The judge, and the second one where there is one, by option."""
     names = ["judge"] if options.second_judge["name"] == "none" else ["judge", "second_judge"]
-    judges = {name: JUDGES.build_from(getattr(options, name)) for name in names}
-    for name, judge in judges.items():
-        judge.option = flag(name)
-    return judges
+    return {name: JUDGES.build_from(getattr(options, name)) for name in names}
 
 
 def grader_of(options: EvaluateOptions) -> Grader | None:
@@ -79,6 +76,7 @@ class EvaluateInputs:
             self.engine.check()
         self.grader = grader_of(options)
         if self.grader is not None:
+            self.grader.option = flag(within + "task_type")
             self.grader.check()
         if any(getattr(options, name) is not None for name in GENERAL):
             if not isinstance(self.engine, TransformersEngine):
@@ -95,9 +93,11 @@ class EvaluateInputs:
         if not self.judges and options.second_judge["name"] != "none":
             needed = "judges answers to --prompts or --benign-prompts, or --answers; give one"
             raise ConfigError(f"--second-judge: {needed}")
-        for judge in self.judges.values():
+        for name, judge in self.judges.items():
+            judge.option = flag(within + name)
             for need in sorted(judge.needs - self.sources.keys()):
-                raise ConfigError(f"{judge.who}: needs {need} references; give --{need} FILE or another judge")
+                give = f"give {flag(within + need)} FILE or another judge"
+                raise ConfigError(f"{judge.who}: needs {need} references; {give}")
 
     def methods(self) -> dict[str, Any]:
         """Option -> the method that it names."""
