@@ -244,6 +244,9 @@ def test_a_page_without_the_full_pool_does_not_speak_of_it(tmp_path: Path) -> No
         assert ("no selector “full”" in text) is (name == "without")
         for words in ("The dashed line is the full pool", "significant differences from the full pool are in bold"):
             assert (words in text) is (name == "with")
+    assert main(["report", str(tmp_path / "with"), "--baseline", "less", "--quiet"]) == 0
+    text = Page.read(tmp_path / "with" / "report.html").text
+    assert "Nothing is compared with less: no run" in text and "no selector" not in text, "full has another fraction"
 
 
 def test_no_number_is_minus_zero() -> None:
