@@ -185,6 +185,22 @@ def test_the_line_wins_over_keys_with_hyphens(tmp_path: Path) -> None:
         read("--train.a", "1", yaml="train: {max-steps: 1, max_steps: 2}", tmp_path=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "yaml", "judge"),
+    [
+        ("--train.judge probe --train.judge.epochs 3", None, {"name": "probe", "epochs": 3}),
+        ("--train.judge.epochs 3 --train.judge probe", None, {"name": "probe", "epochs": 3}),
+        ("--train.judge.epochs 3", "train: {judge: probe}", {"name": "probe", "epochs": 3}),
+        ("--train.judge probe", "train: {judge: {name: probe, epochs: 3}}", {"name": "probe", "epochs": 3}),
+        ("--train.judge keyword", "train: {judge: {name: probe, epochs: 3}}", "keyword"),
+    ],
+)
+def test_a_method_within_a_mapping_has_a_name_and_options(
+    words: str, yaml: str | None, judge: object, tmp_path: Path
+) -> None:
+    assert read(*words.split(), yaml=yaml, tmp_path=tmp_path).train == {"judge": judge}
+
+
 def test_another_method_on_the_line_leaves_the_files_options_behind(tmp_path: Path) -> None:
     yaml = "selector: {name: pharmacist, gamma: 0.25}"
     assert read("--selector", "full", yaml=yaml, tmp_path=tmp_path).selector == {"name": "full"}

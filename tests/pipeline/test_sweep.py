@@ -414,6 +414,7 @@ def test_a_kind_of_another_package_is_swept_over_its_ratio(
             {"train": {"max_steps": 1}, "lora": {"r": 8, "alpha": 1}},
             "--grid.rank 3: lora.alpha would not be whole",
         ),
+        ({"rank": [4]}, {"evaluate": "win-rate"}, "--evaluate.task_type win-rate: gives no fine-tune accuracy"),
         ({"rank": [4]}, {"evaluate": "judge"}, "--evaluate.judge probe: needs harmful .* --evaluate.harmful"),
         ({"rank": [4]}, {"evaluate": "unknown"}, "--evaluate: .*'promts'"),
         ({"rank": [4]}, {"evaluate": "missing"}, "--evaluate.safe nowhere.jsonl: no such file"),
@@ -438,6 +439,7 @@ def test_what_is_wrong_is_said_before_the_first_training(
     usual = {"prompts": files["prompts"], "task": files["test"]}
     evaluations = {
         "judge": usual | {"judge": "probe"},
+        "win-rate": usual | {"task_type": {"name": "win-rate", "base_url": "http://localhost:1/v1", "model": "m"}},
         "unknown": usual | {"promts": "x"},
         "missing": usual | {"judge": "probe", "safe": ["nowhere.jsonl"], "harmful": [files["task"]]},
         "shared": usual | {"task": files["task"]},

@@ -113,6 +113,12 @@ def test_what_cannot_be_tested_is_not_bold() -> None:
     assert not without.has_baseline and "minus full" not in to_markdown(without) and verdicts(without) == []
 
 
+def test_where_nothing_is_tested_no_test_is_spoken_of() -> None:
+    table = results({"pharmacist": -12.0}, seeds=3).query("selector != 'full' or seed == 0")
+    text = to_markdown(Benchmark(table))
+    assert "3 seeds with 95 % intervals" in text and "paired by seed" in text and "comparisons" not in text
+
+
 def test_no_interval_of_a_rate_reaches_beyond_what_is_possible() -> None:
     table = results({"pharmacist": 0.0}, seeds=3)
     core = table["selector"] == "pharmacist"
@@ -238,6 +244,9 @@ def test_a_page_without_the_full_pool_does_not_speak_of_it(tmp_path: Path) -> No
         assert ("no selector “full”" in text) is (name == "without")
         for words in ("The dashed line is the full pool", "significant differences from the full pool are in bold"):
             assert (words in text) is (name == "with")
+    assert main(["report", str(tmp_path / "with"), "--baseline", "less", "--quiet"]) == 0
+    text = Page.read(tmp_path / "with" / "report.html").text
+    assert "Nothing is compared with less: no run" in text and "no selector" not in text, "full has another fraction"
 
 
 def test_no_number_is_minus_zero() -> None:

@@ -66,7 +66,7 @@ def run_fake(kind: str, options: Any) -> None:
         write_text(run.path("result.txt"), result)
         write_text(run.path("selected.jsonl"), "{}\n")
         value = int(result[:4], 16) / 655.36
-        names = ("harmful_score", "hs_plus", "fine_tune_accuracy", "over_refusal")
+        names = ("harmful_score", "hs_plus", "fine_tune_accuracy", "win_rate", "over_refusal")
         metrics = {name: {"value": value, "n": 10} for name in names} | {"steps": 8}
         failed = kind == "evaluate" and os.environ.get(PARTIAL, "no model") in options.model
         counts = {"ranked": 10, "trained": 3}

@@ -186,7 +186,8 @@ def _from_text(hint: Any, text: str) -> Any:
     parts = parts_of(hint)
     if text == "null" and NoneType in parts:
         return None
-    if any(part is str or get_origin(part) is Literal for part in parts):
+    named = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    if str in parts or text in named or all(part is NoneType or get_origin(part) is Literal for part in parts):
         return text
     try:
         return yaml.load(text, Loader=yaml.BaseLoader if list[str] in parts else _Loader)
@@ -198,6 +199,8 @@ def _from_file(option: _Option, value: Any) -> Any:
     """The value of an option from that of a YAML file."""
     if option.several:
         return [value] if isinstance(value, str) else [str(one) for one in value] if isinstance(value, list) else value
+    if option.of is Any:  # entries, which are read by types of their own
+        return value
     if str in parts_of(option.hint) and isinstance(value, bool | int | float):
         return yaml.safe_dump(value).splitlines()[0]
     return _from_text(option.hint, str(value)) if isinstance(value, str) else _resolved(value)
@@ -402,12 +405,17 @@ def _add_line_values(values: dict[str, Any], table: Mapping[str, _Option], line:
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Sets the value of a dotted name in nested mappings."""
+    """Sets the value of a dotted name in nested mappings, where the text of a mapping with options is its name."""
     *path, last = name.split(".")
     for key in path:
+        if isinstance(tree.get(key), str):
+            tree[key] = {"name": tree[key]}
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"option '{name}': '{key}' has a value already, which is no mapping")
+    before = tree.get(last)
+    if isinstance(before, dict) and isinstance(value, str) and before.get("name", value) == value:
+        value = before | {"name": value}
     tree[last] = value
 
 

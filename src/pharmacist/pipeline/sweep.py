@@ -83,6 +83,11 @@ def sweep(options: SweepOptions) -> SweepResult:
     if options.grid.poison_ratio and kind.ratio is not None:
         raise ConfigError(f"--grid.poison_ratio: the kind {kind.name} has a fixed ratio, {kind.ratio:g}; leave it out")
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
+    if measuring.task_type["name"] == "win-rate":
+        raise ConfigError(
+            "--evaluate.task_type win-rate: gives no fine-tune accuracy, without which there is no worst case; leave "
+            "it out"
+        )
     check_outside(Path(options.output_dir), options)
     check_outside(Path(options.output_dir), measuring, within="evaluate.")
     # No attack set may share a prompt with the evaluation.

@@ -375,12 +375,13 @@ def note(benchmark: Benchmark) -> str:
         return "One seed: no intervals and no tests."
     text = f"Means over {n} seeds with 95 % intervals (Student's t); none where all seeds agree to the last digit."
     if benchmark.has_baseline:
-        families = sorted(set(benchmark.comparisons.values()) - {0})
-        family = " to ".join(str(it) for it in dict.fromkeys((families[0], families[-1]))) if families else "no"
+        text += " Differences are paired by seed, with 95 % intervals that are not corrected."
+    if families := sorted(set(benchmark.comparisons.values()) - {0}):
+        family = " to ".join(str(it) for it in dict.fromkeys((families[0], families[-1])))
         text += (
-            " Differences are paired by seed, with 95 % intervals that are not corrected. A difference is bold if it "
-            f"is significant (p < {LEVEL}) in a paired t test with Holm's correction over the {family} comparisons of "
-            "its metric. A difference that is the same in every seed has no spread to test against and is not bold."
+            f" A difference is bold if it is significant (p < {LEVEL}) in a paired t test with Holm's correction over "
+            f"the {family} comparisons of its metric. A difference that is the same in every seed has no spread to "
+            "test against and is not bold."
         )
     return text
 

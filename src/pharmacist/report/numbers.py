@@ -58,6 +58,7 @@ METRICS = {
         Metric("loss_margin", _TITLES["loss_margin"], "nats", 1, _ANY, digits=3),
         Metric("loss_margin_over_attack", f"{_TITLES['loss_margin']} over the attack", "nats", 1, _ANY, digits=3),
         Metric("fine_tune_accuracy", _TITLES["fine_tune_accuracy"], "%", 1),
+        Metric("win_rate", _TITLES["win_rate"], "%", 1),
         Metric("over_refusal", _TITLES["over_refusal"], "%", -1, judged=True),
         Metric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
         Metric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),

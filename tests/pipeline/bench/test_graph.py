@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 
-from pharmacist.core.config import from_mapping
+from pharmacist.core.config import from_mapping, parse
 from pharmacist.core.errors import DataError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
@@ -61,6 +61,7 @@ def test_what_cells_share_runs_once(stages: Stages, tmp_path: Path) -> None:
     assert len(found.ran) == 24
     table = pd.read_parquet(tmp_path / "bench" / "results.parquet")
     assert list(table.columns) == list(Result.__dataclass_fields__)
+    assert table["win_rate"].notna().all() and table["win_rate_before"].notna().all(), "of tasks that are graded by it"
     assert table[list(AXES)].drop_duplicates().shape[0] == len(table) == 4
     assert table["selector"].tolist() == ["full", "full", "random", "random"]
     assert table["fraction"].tolist() == [1, 1, 0.5, 0.5]
@@ -216,6 +217,28 @@ def _order(item: tuple[str, int]) -> int:
     return ["rank", "label", "select", "align", "evaluate", "attack", "repair"].index(item[0])
 
 
+def test_names_in_a_file_are_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(
+        """
+        models: [{name: 007, model: world, max_length: 64}]
+        pools: [{name: 1e-3, pool: world, rows: 60, mislabel: 0.1}]
+        selectors: [{name: 2026-11-30, selector: {name: random, draw: 1}, fractions: [0.5], seed: 3, fill: no}]
+        attacks: [{name: 0.10, samples: [20, 30], options: {train: {max_steps: 4}}}]
+        post_alignment_defenses: [{name: off, method: none}]
+        tasks: [{name: yes, train: world:task:40}]
+        attack: {harmful: world:attack:8}
+        evaluate: {prompts: world:prompts:5}
+        """
+    )
+    found = expand(parse(BenchOptions, ["--config", str(tmp_path / "grid.yaml"), "--output-dir", "out"]), tmp_path)
+    assert [cell.name for cell in found.cells] == [
+        f"007 / 1e-3 / 2026-11-30 0.5 / sft / 0.10 samples {n} / off / yes / keyword" for n in (20, 30)
+    ]
+    options = {kind: next(s.options for s in found.stages.values() if s.kind == kind) for kind in ("rank", "attack")}
+    assert options["rank"].selector == {"name": "random", "draw": 1} and options["rank"].max_length == 64
+    assert options["rank"].seed == 3 and options["attack"].train["max_steps"] == 4
+
+
 def test_keys_follow_what_matters(tmp_path: Path) -> None:
     names = {stage.name for stage in plan().stages.values()}
 
@@ -340,7 +363,7 @@ def test_answers_are_those_of_the_model_as_it_is(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_model: bool
 ) -> None:
     taken = Mock()
-    monkeypatch.setattr("pharmacist.pipeline.bench.stages._take_answers", taken)
+    monkeypatch.setattr("pharmacist.pipeline.bench.stages.take_answers", taken)
     changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["sft"], "judges": ["keyword", PROBE]}
     run(tmp_path, **changes, only="keyword")
     if not same_model:

@@ -24,7 +24,7 @@ from pharmacist.pipeline.choosing import chosen_rows
 from pharmacist.pipeline.pages import write_table
 
 
-_BEFORE_AND_AFTER = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "over_refusal")
+_BEFORE_AND_AFTER = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "win_rate", "over_refusal")
 """Metrics of evaluate that a row holds of the aligned model and at the end."""
 
 
@@ -59,6 +59,8 @@ class Result:
     hs_plus_before: float | None = None
     fine_tune_accuracy: float | None = None
     fine_tune_accuracy_before: float | None = None
+    win_rate: float | None = None
+    win_rate_before: float | None = None
     over_refusal: float | None = None
     over_refusal_before: float | None = None
     ranking_auc: float | None = None

@@ -198,7 +198,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     like = stages.get(stage.like or "")
     if like is not None and stage.manifest is None and is_finished(like, stages):
-        _take_answers(like, stage)
+        take_answers(like, stage)
     results = {name: made.content for name in stage.needs if name in stages and (made := stages[name].manifest)}
     while True:
         try:
@@ -216,7 +216,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
             options = with_options(options, overwrite=True)
 
 
-def _take_answers(other: Stage, stage: Stage) -> None:
+def take_answers(other: Stage, stage: Stage) -> None:
     """Begins an evaluation with the answers of another one, so that none is generated twice."""
     manifest = other.manifest
     if process_index() != 0 or manifest is None:
