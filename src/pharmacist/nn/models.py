@@ -247,7 +247,8 @@ def _copy(loaded: LoadedModel, *, merge: bool) -> LoadedModel:
     for name, parameter in model.named_parameters():
         trained = _adapter_of(name) in active
         value = parameter.detach().clone() if trained else parameter.detach()
-        shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained)
+        own = type(parameter) is torch.nn.Parameter  # else of a quantised weight, which is never trained
+        shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained) if own else parameter
     copied = copy.deepcopy(model, shared).eval()
     guard_embedding(loaded.name, loaded.tokenizer, copied)
     (copied.get_base_model() if isinstance(model, PeftModel) else copied).register_state_dict_post_hook(_with_copies)
