@@ -370,6 +370,24 @@ def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypat
     assert isinstance(aligned(model, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL)), PeftModel)
 
 
+def test_a_model_with_another_chat_template_makes_another_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    given = {"model": model, "tokenizer": tokenizer, "selector": "perplexity", "output_dir": str(tmp_path / "out")}
+    first = ph.rank(SETS["pool"], **given)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    with pytest.raises(ConfigError, match="out: holds .* model"):
+        ph.rank(SETS["pool"], **given)
+    assert not first.table["score"].equals(ph.rank(SETS["pool"], **given, overwrite=True).table["score"])
+
+
+def test_a_loaded_model_outlives_its_folder(model: PreTrainedModel) -> None:
+    own = copy.deepcopy(model)
+    own.name_or_path = "/gone/since/then"
+    rows = {name: SETS[name] for name in ("pool", "safe", "harmful")}
+    table = ph.rank(**rows, model=own, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL)).table
+    assert table.equals(ph.rank(**rows, model=model).table)
+
+
 def test_a_path_of_a_model_is_as_good_as_its_text(tmp_path: Path) -> None:
     said = []
     for model in (tmp_path / "nowhere", str(tmp_path / "nowhere")):

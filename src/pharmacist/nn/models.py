@@ -26,7 +26,7 @@ from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.merge import MergedBase, lora_factors, merge_adapter, read_stack, split, stack
 from pharmacist.nn.model_folders import ModelSource, adapter_folder, base_name, is_output, lineage
-from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer, guard_embedding
+from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer, guard_embedding, tokenizer_fingerprint
 
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -93,11 +93,11 @@ class LoadedModel(Given):
 def model_fingerprint(name: str | LoadedModel) -> str:
     """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one.
 
-    That of a loaded one is over its weights, its active adapters and the settings of all adapters. The fingerprint of
-    a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
+    That of a loaded one is over its weights, its active adapters, the settings of all adapters, tokenizer and template.
+    The fingerprint of a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
     """
     if isinstance(name, LoadedModel):
-        digest = xxhash.xxh3_128()
+        digest = xxhash.xxh3_128(sha256_json([tokenizer_fingerprint(name.tokenizer), vars(name.template)]).encode())
         for key, tensor in name.model.state_dict().items():
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
