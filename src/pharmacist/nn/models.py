@@ -93,8 +93,8 @@ class LoadedModel(Given):
 def model_fingerprint(name: str | LoadedModel) -> str:
     """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one.
 
-    That of a loaded one is over its weights, its active adapters, the settings of all adapters, tokenizer and template.
-    The fingerprint of a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
+    That of a loaded one is over weights, active adapters, settings of all adapters, tokenizer and template. The
+    fingerprint of a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
     """
     if isinstance(name, LoadedModel):
         digest = xxhash.xxh3_128(sha256_json([tokenizer_fingerprint(name.tokenizer), vars(name.template)]).encode())
