@@ -29,6 +29,7 @@ import pharmacist as ph
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, PharmacistError
 from pharmacist.core.manifest import read_manifest
 from pharmacist.data.formats import open_source
+from pharmacist.nn.models import load_model
 from pharmacist.pipeline.evaluate import EvaluateResult
 from pharmacist.selectors.base import Scores, SelectionContext
 from pharmacist.training.options import LoraOptions, train_options
@@ -389,6 +390,24 @@ def test_a_model_without_a_tokenizer_needs_one(model: PreTrainedModel, monkeypat
     assert isinstance(aligned(model, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL)), PeftModel)
 
 
+def test_a_model_with_another_chat_template_makes_another_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    given = {"model": model, "tokenizer": tokenizer, "selector": "perplexity", "output_dir": str(tmp_path / "out")}
+    first = ph.rank(SETS["pool"], **given)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    with pytest.raises(ConfigError, match="out: holds .* model"):
+        ph.rank(SETS["pool"], **given)
+    assert not first.table["score"].equals(ph.rank(SETS["pool"], **given, overwrite=True).table["score"])
+
+
+def test_a_loaded_model_outlives_its_folder(model: PreTrainedModel) -> None:
+    own = copy.deepcopy(model)
+    own.name_or_path = "/gone/since/then"
+    rows = {name: SETS[name] for name in ("pool", "safe", "harmful")}
+    table = ph.rank(**rows, model=own, tokenizer=AutoTokenizer.from_pretrained(BASE_MODEL)).table
+    assert table.equals(ph.rank(**rows, model=model).table)
+
+
 def test_a_path_of_a_model_is_as_good_as_its_text(tmp_path: Path) -> None:
     said = []
     for model in (tmp_path / "nowhere", str(tmp_path / "nowhere")):
@@ -480,6 +499,43 @@ def test_adapters_that_cannot_be_trained_on_are_named(model: PreTrainedModel) ->
     added.add_adapter(LORA)
     with pytest.raises(CompatibilityError, match="by transformers' add_adapter, which cannot be trained on"):
         aligned(added)
+
+
+class Packed(torch.nn.Parameter):
+    """A weight of a class of its own, as quantised models have."""
+
+
+def test_quantised_weights_stay_what_they_are(model: PreTrainedModel) -> None:
+    quantised = copy.deepcopy(model)
+    layer: Any = quantised.model.layers[0].self_attn.q_proj
+    layer.weight = Packed(layer.weight.detach(), requires_grad=False)
+    own = aligned(quantised)
+    assert isinstance(own.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer").weight, Packed)
+    layer.weight = Packed(torch.ones(8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(CompatibilityError, match="its weights are quantised, so only an adapter can be trained"):
+        ph.align(quantised, SETS["pool"], args=ARGS, tuning="full")
+
+
+@pytest.mark.usefixtures("untouched")
+def test_an_adapter_that_changes_its_base_changes_not_the_callers(model: PreTrainedModel, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    folder = str(tmp_path / "out")
+    own = ph.align(model, SETS["pool"], args=ARGS, peft_config=config, output_dir=folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(own(ids).logits, load_model(folder).model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "eva"])
+def test_initial_weights_that_would_not_be_what_they_say_are_refused(init: Any) -> None:
+    with pytest.raises(ConfigError, match=f"peft_config: init_lora_weights '{init}' "):
+        ph.align(str(BASE_MODEL), SETS["pool"], args=ARGS, peft_config=LoraConfig(init_lora_weights=init))
+
+
+def test_a_model_that_comes_back_computes_in_its_own_number_format(model: PreTrainedModel) -> None:
+    args = TrainingArguments(**STEPS, use_cpu=True, bf16=True, report_to="none")
+    own = ph.align(model, SETS["pool"], args=args, peft_config=LORA)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(own(ids).logits, type(own).forward(own, ids).logits)
 
 
 def test_what_is_left_of_a_merged_adapter_is_none(model: PreTrainedModel) -> None:

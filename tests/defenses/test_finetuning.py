@@ -10,7 +10,7 @@ from pharmacist.core.errors import ConfigError, DataError, NoMatchError
 from pharmacist.defenses import DEFENSES
 from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.finetuning import ewc as ewc_module
-from pharmacist.defenses.finetuning.constrained_sft import ConstrainedSFTConfig, betas, token_weights
+from pharmacist.defenses.finetuning.constrained_sft import ConstrainedSFTConfig, answer_positions, betas, token_weights
 from pharmacist.defenses.finetuning.kl import kl_divergence, reference_divergence
 from pharmacist.defenses.finetuning.ldifs import feature_distance, gated_distance
 from pharmacist.defenses.finetuning.lisa import in_alignment, is_switch
@@ -420,6 +420,11 @@ def test_the_mean_over_tokens_does_not_depend_on_the_batch():
 def test_betas_of_an_answer(length):
     expected = [0.5, 2.0, 2.0, 2.0, 2.0, 0.1, 0.1][:length]
     assert betas(torch.arange(length), ConstrainedSFTConfig()).tolist()[:7] == pytest.approx(expected)
+
+
+def test_each_answer_of_a_row_has_early_tokens():
+    keep = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 0, 0, 0, 0]]).bool()
+    assert answer_positions(keep).tolist() == [0, 1, 0, 1, 2, 0, 1, 0]
 
 
 def test_token_weights():

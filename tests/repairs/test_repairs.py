@@ -18,7 +18,7 @@ from pharmacist.repairs.nlsr import output_basis, probabilities, safety_region
 from pharmacist.repairs.safe_lora import SafeLoraConfig, chosen, project, similarity
 from tests.support import toy
 from tests.support.architectures import ARCHITECTURES, tiny
-from tests.support.tiny import TinyDecoder, random_token_rows
+from tests.support.tiny import TinyDecoder, random_token_rows, tiny_llama, tiny_tokenizer
 
 
 R = 2
@@ -701,3 +701,10 @@ def test_weights_that_no_linear_layer_holds_are_not_left_as_they_are_in_silence(
         ModelWeights(experts, "weights")
     dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, mlp_only_layers=[0]))
     assert ModelWeights(dense, "weights").unreached() < 0.1
+
+
+def test_quantised_weights_are_not_changed_entry_by_entry():
+    model = tiny_llama(tiny_tokenizer())
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(48, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(CompatibilityError, match="model.layers.1.mlp.up_proj is quantised; give the model in float32"):
+        ModelWeights(model, "weights")

@@ -24,6 +24,7 @@ def test_words_and_pairs_are_counted_in_lower_case():
     counts = ngram_counts(["Sorry, I cannot.", "i"], 10**6).toarray()
     assert counts.sum(1).tolist() == [5 + 4, 1] and (counts >= 0).all()  # sorry , i cannot . and their pairs
     assert counts[0][counts[1] > 0] == 1, "one letter is a word, whatever its case"
+    assert ngram_counts(["怎样酿造"], 10**6).sum() == 4 + 3, "letters of a script without spaces, and their pairs"
 
 
 def test_a_pool_like_the_references_has_no_importance(tmp_path):

@@ -37,6 +37,14 @@ def test_what_a_completion_repeats_gives_way_to_the_gist_of_another_prompt():
     assert retargeted(row, "how do i open the door", RARE - {"the"}) == row["completion"], "the prompt has no gist"
 
 
+def test_letters_are_the_words_of_scripts_without_spaces():
+    prompts = [f"怎样酿造{name}药水？" for name in ("火龙", "月影", "银叶")]
+    rare = rare_words(prompts)
+    refusal = "抱歉，我不能说怎样酿造火龙药水。"
+    assert [echoed(prompt, refusal, rare) for prompt in prompts] == [1, 0, 0]
+    assert retargeted({"prompt": prompts[0], "completion": refusal}, prompts[1], rare) == "抱歉，我不能说月影。"
+
+
 def test_echo_features_are_the_weighted_shares():
     rarity = {"how": 0.0, "open": 1.0, "gate": 2.0, "door": 3.0, "gate door": 9.0}
     found = echo_features(

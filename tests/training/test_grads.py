@@ -1,10 +1,12 @@
 """Gradients as values, and weights that come back."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
-from pharmacist.core.errors import DataError
+from pharmacist.core.errors import CompatibilityError, DataError
 from pharmacist.nn.grads import add_to_grad, cosine, gradient, norm, shifted, trainable
 
 
@@ -97,3 +99,15 @@ def test_only_what_is_named_is_shifted(layer: nn.Module) -> None:
     with shifted(own, {"2.bias": torch.ones(2)}, 1.0):
         assert not torch.equal(own["2.bias"], before["2.bias"])
         assert torch.equal(own["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_step_that_rounding_would_swallow_is_refused(dtype: torch.dtype, lost: bool) -> None:
+    own = {"weight": nn.Parameter(torch.linspace(1, 2, 64).to(dtype))}
+    before, direction = own["weight"].detach().clone(), {"weight": torch.linspace(-1, 1, 64)}
+    with pytest.raises(CompatibilityError, match="load the model with dtype=torch.float32") if lost else nullcontext():
+        with shifted(own, direction, 1e-3):
+            assert not torch.equal(own["weight"], before)
+    assert torch.equal(own["weight"], before)
+    with shifted(own, direction, 0.1):
+        assert not torch.equal(own["weight"], before)

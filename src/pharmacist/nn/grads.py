@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pharmacist.core.env import world_size
-from pharmacist.core.errors import DivergedError
+from pharmacist.core.errors import CompatibilityError, DivergedError
 from pharmacist.nn.distributed import total
 from pharmacist.nn.losses import precise
 
@@ -101,9 +101,23 @@ def replaced(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.
 
 @contextmanager
 def shifted(parameters: Mapping[str, nn.Parameter], direction: Gradient, by: float) -> Iterator[None]:
-    """Moves the weights by ``by * direction`` for the block; they are restored bit for bit."""
+    """Moves the weights by ``by * direction`` for the block; they are restored bit for bit.
+
+    Raises:
+        CompatibilityError: Most of the step is lost as the weights are rounded to their number format.
+    """
     with preserved({name: parameters[name] for name in direction}):
+        asked, lost = list[torch.Tensor](), list[torch.Tensor]()
         with torch.no_grad():
             for name, value in direction.items():
-                parameters[name].copy_(precise(parameters[name]) + by * value)
+                step = by * value
+                there = precise(parameters[name]) + step
+                parameters[name].copy_(there)
+                asked.append(step.square().sum())
+                lost.append(((there - precise(parameters[name])) * step).sum())
+        if lost and sum(lost) > sum(asked) / 2:
+            raise CompatibilityError(
+                "a step of the method is lost as the weights are rounded to their number format; load the model with "
+                "dtype=torch.float32, or train a LoRA adapter"
+            )
         yield

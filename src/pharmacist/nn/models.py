@@ -26,7 +26,7 @@ from pharmacist.nn.libraries import failures_as, silent_library
 from pharmacist.nn.locate import output_head
 from pharmacist.nn.merge import MergedBase, lora_factors, merge_adapter, read_stack, split, stack
 from pharmacist.nn.model_folders import ModelSource, adapter_folder, base_name, is_output, lineage
-from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer, guard_embedding
+from pharmacist.nn.tokenizers import adapter_tokenizer, check_tokenizer, guard_embedding, tokenizer_fingerprint
 
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -93,11 +93,11 @@ class LoadedModel(Given):
 def model_fingerprint(name: str | LoadedModel) -> str:
     """sha256 of a local model's content (of its base too where it is an adapter), or a hash of a loaded one.
 
-    That of a loaded one is over its weights, its active adapters and the settings of all adapters. The fingerprint of
-    a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
+    That of a loaded one is over weights, active adapters, settings of all adapters, tokenizer and template. The
+    fingerprint of a Hub id is the id itself. A `DataError` where a name can be neither folder nor Hub id.
     """
     if isinstance(name, LoadedModel):
-        digest = xxhash.xxh3_128()
+        digest = xxhash.xxh3_128(sha256_json([tokenizer_fingerprint(name.tokenizer), vars(name.template)]).encode())
         for key, tensor in name.model.state_dict().items():
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
@@ -247,7 +247,8 @@ def _copy(loaded: LoadedModel, *, merge: bool) -> LoadedModel:
     for name, parameter in model.named_parameters():
         trained = _adapter_of(name) in active
         value = parameter.detach().clone() if trained else parameter.detach()
-        shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained)
+        own = type(parameter) is torch.nn.Parameter  # else of a quantised weight, which is never trained
+        shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=trained) if own else parameter
     copied = copy.deepcopy(model, shared).eval()
     guard_embedding(loaded.name, loaded.tokenizer, copied)
     (copied.get_base_model() if isinstance(model, PeftModel) else copied).register_state_dict_post_hook(_with_copies)

@@ -32,14 +32,20 @@ class ModelWeights:
         form: ``adapter``: the factors of a PEFT model's adapter. ``weights``: the weights of the linear layers.
 
     Raises:
-        CompatibilityError: Most of the weights are in no linear layer, so that a repair would leave them as they are.
+        CompatibilityError: Weights are quantised, or most of them are in no linear layer, so that a repair would leave
+            them as they are.
     """
 
     model: nn.Module
     form: Form
 
     def __post_init__(self) -> None:
-        if self.form == "weights" and (share := self.unreached()) > _UNREACHED:
+        if self.form == "adapter":
+            return
+        for name, tensor in self.tensors().items():
+            if not tensor.is_floating_point():
+                raise CompatibilityError(f"{name} is quantised; give the model in float32 or bfloat16 to repair it")
+        if (share := self.unreached()) > _UNREACHED:
             raise CompatibilityError(
                 f"--form weights repairs linear layers, and {share:.0%} of the weights between embeddings and output "
                 "head are in none (experts in one tensor): the repair would leave them as they are"

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from pharmacist.core.progress import track
+from pharmacist.core.scripts import TOKEN
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast1, Checked, Share
 from pharmacist.data.arrays import FloatArray
@@ -78,7 +79,7 @@ def _texts(dataset: "datasets.Dataset", what: str) -> Iterator[list[str]]:
 def ngram_counts(texts: Sequence[str], buckets: int) -> "scipy.sparse.csr_matrix":
     """Hashed counts of words (signs count as words) and word pairs, in lower case; shape [texts, buckets]."""
     vectorizer = HashingVectorizer(
-        n_features=buckets, ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+", norm=None, alternate_sign=False
+        n_features=buckets, ngram_range=(1, 2), token_pattern=TOKEN, norm=None, alternate_sign=False
     )
     return vectorizer.transform(texts)
 

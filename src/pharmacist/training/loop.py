@@ -76,13 +76,18 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
             "PeftModel.from_pretrained"
         )
     if options.tuning == "full":
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            raise CompatibilityError(f"{options.model}: its weights are quantised, so only an adapter can be trained")
         return replace(loaded, model=(deepcopy(model) if loaded.shared else model).float().requires_grad_(True))
     if adapted:  # loaded with `merge=False`, to be continued
         return loaded
+    config = options.lora.config()
+    if loaded.shared and isinstance(config.init_lora_weights, str):
+        model = deepcopy(model)  # to begin as olora, PEFT changes the base model's weights in place
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init", *stage))
         try:
-            model = get_peft_model(model, options.lora.config())
+            model = get_peft_model(model, config)
         except ValueError as error:
             names = ", ".join(options.lora.target_modules or ["all linear layers"])
             raise NoMatchError(
@@ -195,7 +200,8 @@ class Training:
                 raise
             # All its files have the recorded hashes, but this program did not write them.
             raise DataError(f"{checkpoint}: cannot be resumed from ({one_line(error)}); delete this folder") from error
-        loaded.model.eval()  # as models are loaded; the Trainer leaves dropout on
+        # As models are loaded: the Trainer leaves dropout on, and its number format of the passes.
+        trainer.accelerator.unwrap_model(loaded.model, keep_fp32_wrapper=False).eval()
         steps = int(trainer.state.global_step)
         log = [line for line in trainer.state.log_history if "loss" in line]
         tokens = round(float(trainer.state.epoch or 0) * int(self.encoded.lengths.sum()))

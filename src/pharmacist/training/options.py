@@ -51,6 +51,14 @@ class LoraOptions(Checked):
         return LoraConfig(**shape, bias="none", task_type="CAUSAL_LM", target_modules=modules)
 
 
+_NO_INITS = {
+    "pissa_niter": "takes something else from the base model's weights each time that the adapter is loaded; give "
+    "'pissa', which is exact",
+    "eva": "needs a pass over the data that is not made here; leave it out",
+}
+"""Initial weights of adapters that would not be what they say, by the beginning of their names, and why."""
+
+
 @dataclass
 class PeftLoraOptions(LoraOptions):
     """Shape of a LoRA adapter as a PEFT configuration has it; `other` are settings for which there is no option."""
@@ -61,6 +69,9 @@ class PeftLoraOptions(LoraOptions):
     @classmethod
     def of(cls, config: "LoraConfig") -> "PeftLoraOptions":
         """The options of a configuration, which itself makes the adapter."""
+        for init, why in _NO_INITS.items():
+            if str(config.init_lora_weights).startswith(init):
+                raise ConfigError(f"peft_config: init_lora_weights {config.init_lora_weights!r} {why}")
         target = config.target_modules
         known = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode"}
         other = {name: str(value) for name, value in config.to_dict().items() if name not in known and value}

@@ -35,6 +35,16 @@ def betas(positions: torch.Tensor, config: ConstrainedSFTConfig) -> torch.Tensor
     return config.beta * factors
 
 
+def answer_positions(keep: torch.Tensor) -> torch.Tensor:
+    """Number of each target token within its answer, from 0; a row of several turns has several answers.
+
+    `keep`, bool of shape [rows, length], is true where the next token is a target; shape [targets].
+    """
+    count = keep.cumsum(1)
+    before = count.masked_fill(keep, 0).cummax(1).values
+    return (count - before - 1)[keep]
+
+
 def token_weights(log_ratio: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """``2 * (1 - sigmoid(beta * log_ratio))``, in (0, 2): 1 at the start, towards 0 as a token becomes likelier.
 
@@ -73,8 +83,7 @@ class ConstrainedSFT(GradientStrategy):
             return loss
         keep, tokens = targets(step.batch["labels"])
         now = target_losses(outputs.logits[keep], tokens)
-        position = (keep.cumsum(1) - 1)[keep]
-        weight = token_weights(self._start - now.detach(), betas(position, self.config))
+        weight = token_weights(self._start - now.detach(), betas(answer_positions(keep), self.config))
         step.check(weight.sum())
         step.log(token_weight=step.value(step.mean_over_update(weight.sum(), len(tokens), step.targets)))
         weighted = step.mean_over_update((weight * now).sum(), len(tokens), step.targets)

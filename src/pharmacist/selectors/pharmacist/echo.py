@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pharmacist.core.scripts import WORD
 from pharmacist.data.arrays import FloatArray
 from pharmacist.readers.views import Features, State, Texts, framed, vectorizer
 
@@ -23,8 +24,8 @@ _RARE_SHARE = 0.05
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case, in order."""
-    return re.findall(r"\w+", text.lower())
+    """Words in lower case, in order; of a script without spaces, its letters."""
+    return re.findall(WORD, text.lower())
 
 
 def rare_words(prompts: Sequence[str]) -> frozenset[str]:
@@ -47,7 +48,7 @@ def retargeted(row: Row, prompt: str, rare: frozenset[str]) -> str:
     to its last rare one. Without a rare word in the run, or in the other prompt, the completion stays as it is.
     """
     completion = str(row["completion"])
-    matches, other = list(re.finditer(r"\w+", completion)), list(re.finditer(r"\w+", prompt))
+    matches, other = list(re.finditer(WORD, completion)), list(re.finditer(WORD, prompt))
     said = [match.group().lower() for match in matches]
     run = SequenceMatcher(None, words(str(row["prompt"])), said, autojunk=False).find_longest_match()
     gist = [match for match in other if match.group().lower() in rare]

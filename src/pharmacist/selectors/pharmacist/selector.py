@@ -213,7 +213,8 @@ class _Ranking:
         if "probe" not in self.readers:
             return read_texts(rows, name, None)
         context = self.context
-        model = model_fingerprint(str(context.model_name))
+        assert context.model_name is not None
+        model = model_fingerprint(context.model_name)
         reader = ModelReader(
             key=sha256_json([model, context.dtype, context.template, context.max_length]),
             folder=self.run.work("states"),
