@@ -71,8 +71,7 @@ def read(
     if columns is not None and prompts_only:
         columns = {to: name for to, name in columns.items() if to in PROMPT_COLUMNS}
     if columns is not None and usual_names:
-        there = columns_in(source, columns)
-        columns = there if columns.keys() - there.keys() <= OPTIONAL else None
+        columns = columns_of(source, columns)
     return read_records(
         source,
         work_dir=f"{work}-{process_index()}",
@@ -85,11 +84,16 @@ def read(
     )
 
 
+def columns_of(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    """Those pairs of ``--columns`` that a source has; none if it lacks one that its rows need."""
+    there = columns_in(source, columns)
+    return there if columns.keys() - there.keys() <= OPTIONAL else {}
+
+
 def usual_names(sources: Iterable[Source], options: RowOptions) -> bool:
     """Whether files that lack the columns of ``--columns`` are read by the usual names: where another one has them."""
     columns = parse_columns(options.columns) or {}
-    found = (columns_in(source, columns) for source in sources)
-    return any(there and columns.keys() - there.keys() <= OPTIONAL for there in found)
+    return any(columns_of(source, columns) for source in sources)
 
 
 def name_unused(options: Any, names: Iterable[str], used: Collection[str], method: str) -> None:
