@@ -181,7 +181,7 @@ def others(local, name):
     default, role = DEFAULTS[name.removeprefix(JUDGE)]
     if name not in local:
         places = list(SETS[default].places)
-        return pairs_of(default, role, [row for place in places for row in read(default, place)], places), places
+        return pairs_of(default, role, [row for place in places for row in read(name, place)], places), places
     rows, places = [row for file in local[name] for row in texts(file, name)], local[name]
     if name == "clean" and "clean-labels" in local:
         said = labels_of(local, "clean-labels", rows, ", ".join(local[name]))

@@ -266,7 +266,7 @@ def test_a_ranking_with_a_folder_is_kept_there(tmp_path: Path, capsys: pytest.Ca
     for other in (again, loaded):
         assert other.table.equals(pd.read_parquet(folder / "scores.parquet"))
         assert other.select(0.3).to_list() == first.select(0.3).to_list()
-    with pytest.raises(DataError, match="is missing"):
+    with pytest.raises(DataError, match="was ranked from rows in memory; give them to Ranking.load as well"):
         ph.Ranking.load(folder)
     with pytest.raises(DataError, match="has changed since it was ranked"):
         ph.Ranking.load(folder, SETS["pool"][:-1])

@@ -397,6 +397,8 @@ def test_what_natural_rows_lack_is_said_in_one_line(
         with pytest.raises((ConfigError, DataError), match=message) as caught:
             script.make(tmp_path / "made", local | changed, rows=60)
         assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
+    with pytest.raises(DataError, match="forbids to download it; give a local copy, --local safe=FILE"):
+        script.make(tmp_path / "made", {name: files for name, files in local.items() if name != "safe"}, rows=60)
 
 
 def test_the_references_of_the_judge_are_other_rows(

@@ -24,7 +24,7 @@ from pharmacist.defenses import DEFENSES
 from pharmacist.pipeline import curate as stage
 from pharmacist.repairs import REPAIRS
 from pharmacist.selectors import SELECTORS
-from tests.support.world_files import CHEAP, curate_words, write_world
+from tests.support.world_files import CHEAP, curate_words, write_rows, write_world
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -138,6 +138,19 @@ def test_done_is_0_and_the_result_is_said(
     assert "already complete" in capsys.readouterr().err
     assert main(chance(pool, tmp_path / "quiet", "--quiet")) == 0
     assert "".join(capsys.readouterr()) == ""
+
+
+def test_the_next_command_reads_the_columns_that_the_pool_has(
+    pool: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ["--columns", "prompt=my question,completion=answer"]
+    renamed = [{"my question": f"how do i hex cow {number}?", "answer": "i will not."} for number in range(20)]
+    own = write_rows(tmp_path / "own.jsonl", renamed)
+    assert main(chance({"pool": own}, tmp_path / "a", *columns)) == 0
+    needed = "--columns 'prompt=my question,completion=answer'"
+    assert f"align --data {tmp_path}/a/selected.jsonl {needed} --model" in capsys.readouterr().err
+    assert main(chance(pool | {"safe": own}, tmp_path / "b", *columns)) == 0
+    assert f"align --data {tmp_path}/b/selected.jsonl --model" in capsys.readouterr().err
 
 
 def test_options_from_a_file(pool: dict[str, str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.manifest import RunManifest
 from pharmacist.data.templates import Template, save_template
 from pharmacist.nn.adapters import AdapterBank, AdapterOptions
 from pharmacist.nn.batching import make_batch
@@ -113,6 +114,19 @@ def test_a_folder_that_is_no_model_is_one_clear_line(folder, tmp_path, what, mes
     with pytest.raises((DataError, CompatibilityError), match=message) as caught:
         load_model(str(broken(folder, tmp_path / "m", what)), device="cpu")
     assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stage, status, message",
+    [
+        ("align", "started", "its run of 'align' is not finished; run the same command again to resume it"),
+        ("curate", "success", "a run of 'curate' without a model; give the folder of an align, attack or repair"),
+    ],
+)
+def test_a_run_without_a_model_says_so(tmp_path, stage, status, message):
+    RunManifest(stage=stage, status=status, key="", config={}, inputs={}).write(tmp_path)
+    with pytest.raises(DataError, match=f"^{tmp_path}: {message}$"):
+        load_model(str(tmp_path), device="cpu")
 
 
 def test_names_that_lead_nowhere_say_so(folder, tmp_path, monkeypatch):

@@ -118,9 +118,7 @@ def columns_in(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def own_columns(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
-    """The pairs of ``--columns`` that a source is read by; none, which are the usual names, if it lacks one of the
-    columns that every row needs.
-    """
+    """Those pairs of ``--columns`` that a source has; none, so the usual names, if it lacks one that rows need."""
     there = columns_in(source, columns)
     return there if columns.keys() - there.keys() <= OPTIONAL else {}
 

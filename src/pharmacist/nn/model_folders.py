@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pharmacist.core.errors import CompatibilityError, DataError, one_line
 from pharmacist.core.files import check_ordinary, read_json
+from pharmacist.core.manifest import read_manifest
 from pharmacist.data.templates import FILE_NAME as TEMPLATE_FILE
 
 
@@ -139,4 +140,14 @@ def _check_name(name: str) -> None:
     if exists and adapter_folder(folder) is None:
         for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
             if not any(weights_folder(folder).glob(pattern)):
-                raise DataError(f"{name}: a model folder without {what}; save it with model.save_pretrained")
+                raise DataError(_no_model(folder, name, what))
+
+
+def _no_model(folder: Path, name: str, lacking: str) -> str:
+    """Why a folder holds no model: that of a run may not be finished, or of a command that writes none."""
+    if not (folder / "manifest.json").is_file():
+        return f"{name}: a model folder without {lacking}; save it with model.save_pretrained"
+    run = read_manifest(folder)
+    if run.status == "started":
+        return f"{name}: its run of '{run.stage}' is not finished; run the same command again to resume it"
+    return f"{name}: a run of '{run.stage}' without a model; give the folder of an align, attack or repair"

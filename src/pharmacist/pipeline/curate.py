@@ -4,7 +4,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from pharmacist.core.progress import hushed, print_table, say, warn
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.duplicates import find_duplicates
 from pharmacist.data.formats import write_rows
+from pharmacist.data.records import own_columns, parse_columns
 from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.choosing import balance_counts, changed_by_labels, chosen_rows, ranked_table, shortfall
 from pharmacist.pipeline.curate_inputs import CurateInputs
@@ -232,11 +233,14 @@ def _show(ranking: Ranking, run: RunDir, selected: str) -> None:
     if len(ranking.to_label) and "labels" not in about:
         lines.append(
             f"labels of {len(ranking.to_label)} rows would help most: label them in report.html or with pharmacist "
-            f"label {quote(str(run.root))}, then run the same command with --labels FILE"
+            f"label {quote(str(run.root))}, then rank the pool again with --labels FILE"
         )
     lines += [f"no reference shows {reason}: such rows may pass for others" for reason in about.get("cannot_see", [])]
     files = {"scores": "scores.parquet", "core subset": selected, "report": "report.html"}
     lines += [f"{what} {run.path(file)}" for what, file in files.items()]
     if ranking.table["selected"].any():
-        lines.append(f"next: pharmacist align --data {quote(str(run.path(selected)))} --model MODEL --output-dir DIR")
+        words = ["--data", str(run.path(selected))]
+        if columns := own_columns(ranking.source, parse_columns(run.manifest.config["columns"]) or {}):
+            words += ["--columns", ",".join(f"{column}={name}" for column, name in columns.items())]
+        lines.append(f"next: pharmacist align {join(words)} --model MODEL --output-dir DIR")
     say("\n".join(lines))

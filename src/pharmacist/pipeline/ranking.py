@@ -19,7 +19,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import atomic_path, read_json_lines
 from pharmacist.core.manifest import options_in
 from pharmacist.core.naming import naming_arguments
-from pharmacist.data.formats import Source, open_source
+from pharmacist.data.formats import IN_MEMORY, Source, open_source
 from pharmacist.data.records import Records, own_columns, parse_columns, read_records
 from pharmacist.data.where import conditions_for
 from pharmacist.evaluation.prompts import category_names
@@ -77,6 +77,8 @@ class Ranking:
         folder, manifest = Path(folder), ranking_manifest(folder)
         config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
+        if pool is None and str(config["pool"]).endswith(IN_MEMORY):
+            raise DataError(f"{folder}: was ranked from rows in memory; give them to Ranking.load as well")
         what = f"{folder}: the pool {config['pool']}"
         again = "restore it (a relative path counts from here), or rank it again with pharmacist curate"
         try:

@@ -13,7 +13,7 @@ from pharmacist.core.progress import say
 from pharmacist.core.rundir import RunDir
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.layouts import OPTIONAL
-from pharmacist.data.records import Records, columns_in, own_columns, parse_columns, read_records
+from pharmacist.data.records import Records, own_columns, parse_columns, read_records
 from pharmacist.data.tokenize import Encoded, encode
 from pharmacist.data.where import Condition
 from pharmacist.nn.models import LoadedModel, load_model
@@ -87,8 +87,7 @@ def read(
 def usual_names(sources: Iterable[Source], options: RowOptions) -> bool:
     """Whether files that lack the columns of ``--columns`` are read by the usual names: where another one has them."""
     columns = parse_columns(options.columns) or {}
-    found = (columns_in(source, columns) for source in sources)
-    return any(there and columns.keys() - there.keys() <= OPTIONAL for there in found)
+    return any(own_columns(source, columns) for source in sources)
 
 
 def name_unused(options: Any, names: Iterable[str], used: Collection[str], method: str) -> None:

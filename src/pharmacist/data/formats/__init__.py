@@ -27,11 +27,11 @@ from pharmacist.data.formats.base import FORMATS, MAX_ROW_BYTES, Row, Source
 from pharmacist.data.formats.json_array import JsonArray
 from pharmacist.data.formats.json_text import kind_of, spelled
 from pharmacist.data.formats.parquet import Parquet
-from pharmacist.data.formats.saved import open_folder, open_hub, open_memory
+from pharmacist.data.formats.saved import IN_MEMORY, open_folder, open_hub, open_memory
 from pharmacist.data.formats.text import BOM, Csv, JsonLines
 
 
-__all__ = ["MAX_ROW_BYTES", "Row", "Source", "kind_of", "open_source", "spelled", "write_rows"]
+__all__ = ["IN_MEMORY", "MAX_ROW_BYTES", "Row", "Source", "kind_of", "open_source", "spelled", "write_rows"]
 
 
 def open_source(spec: Any, *, name: str = "pool") -> Source:

@@ -18,6 +18,10 @@ from pharmacist.data.formats.base import FORMATS, Row, Source
 from pharmacist.data.formats.parquet import BATCH, check_names
 
 
+IN_MEMORY = "rows in memory>"
+"""End of the name of rows that are neither in a file nor on the Hub."""
+
+
 class SavedDataset(Source):
     """A `datasets.Dataset`: saved, from the hub, or in memory."""
 
@@ -101,13 +105,13 @@ def open_memory(spec: Any, name: str) -> Source:
                 f"{name}: the DataFrame cannot be read ({one_line(error)}); give a list of mappings"
             ) from error
     if isinstance(spec, datasets.Dataset):
-        return SavedDataset(spec, f"<{len(spec)} rows in memory>", name, "memory", spec)
+        return SavedDataset(spec, f"<{len(spec)} {IN_MEMORY}", name, "memory", spec)
     if isinstance(spec, Mapping) or not isinstance(spec, Sequence):
         hint = "choose one split of it" if isinstance(spec, datasets.DatasetDict) else "give a list of mappings"
         raise DataError(
             f"{name}: cannot read rows from {type(spec).__name__}; {hint}, a datasets.Dataset, a path or a Hub id"
         )
-    return Mappings(spec, f"<{len(spec)} rows in memory>", name)
+    return Mappings(spec, f"<{len(spec)} {IN_MEMORY}", name)
 
 
 def open_folder(path: Path, split: str | None, label: str, name: str) -> Source:
