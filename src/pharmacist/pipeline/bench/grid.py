@@ -39,6 +39,7 @@ from pharmacist.pipeline.bench.stages import (
     Draft,
     Input,
     Stage,
+    has_answers,
     is_finished,
     make_stage,
     with_options,
@@ -532,11 +533,11 @@ class _Graph:
         return self.stages[stage.name]
 
     def share_answers(self) -> None:
-        """Has judges of the same answers take them from one evaluation, which is a finished one if there is any."""
+        """Has judges of the same answers take them from one evaluation, one that has them already if there is any."""
         for names in self._asking.values():
             first, *others = names
             if others:
-                first = next((name for name in names if is_finished(self.stages[name], self.stages)), first)
+                first = next((name for name in names if has_answers(self.stages[name], self.stages)), first)
             for stage in [self.stages[name] for name in names if name != first]:
                 self.stages[stage.name] = replace(stage, parents=(*stage.parents, first), like=first)
 
