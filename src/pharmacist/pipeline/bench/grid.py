@@ -299,11 +299,8 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
     for attack in attacks:
         strength = {name: getattr(attack, name) for name in ("poison_ratio", "samples")}
         sweeps = {name: values for name, values in strength.items() if isinstance(values, list)}
-        if "poison_ratio" in sweeps and (ratio := ATTACKS.build_from(attack.kind).ratio) is not None:
-            raise ConfigError(
-                f"attack '{attack.name}': the kind {attack.kind['name']} has a fixed ratio, {ratio:g}; leave "
-                "'poison_ratio' out"
-            )
+        if "poison_ratio" in sweeps:
+            ATTACKS.build_from(attack.kind).check_varies(f"attack '{attack.name}': poison_ratio")
         for name, values in sweeps.items():
             _check_differ(f"attack '{attack.name}': {name}", values)
         for chosen in itertools.product(*sweeps.values()):
