@@ -230,6 +230,8 @@ def test_a_sweep_with_failed_verdicts_is_partial_and_asks_again(
     assert read_manifest(out).status == "partial"
     (warning,) = read_manifest(out).warnings
     assert "answers or verdicts failed" in warning and warning in (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert main(["report", str(out), "--quiet"]) == 0 and warning in (out / "report.html").read_text()
     status = "success"
     made_up.clear()
     sweep(own)

@@ -65,6 +65,7 @@ def run_fake(kind: str, options: Any) -> None:
         result = sha256_json([kind, own, inputs, os.environ.get(OTHER, "")])
         write_text(run.path("result.txt"), result)
         write_text(run.path("selected.jsonl"), "{}\n")
+        write_text(run.path("items.jsonl"), "")
         value = int(result[:4], 16) / 655.36
         names = ("harmful_score", "hs_plus", "fine_tune_accuracy", "win_rate", "over_refusal")
         metrics = {name: {"value": value, "n": 10} for name in names} | {"steps": 8}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from pharmacist.core.errors import ConfigError
 from pharmacist.core.method import Method
 from pharmacist.core.typed import Checked
 
@@ -29,6 +30,11 @@ class Attack(Method, ABC):
     def share(self, poison_ratio: float) -> float:
         """The share of harmful rows in the set, where `poison_ratio` is asked for."""
         return poison_ratio if self.ratio is None else self.ratio
+
+    def check_varies(self, where: str) -> None:
+        """Refuses several poison ratios, which `where` names, for a kind that fixes it, by a ConfigError."""
+        if self.ratio is not None:
+            raise ConfigError(f"{where}: the kind {self.name} has a fixed ratio, {self.ratio:g}; leave it out")
 
     @abstractmethod
     def build(self, rows: "Rows", *, n: int, poison_ratio: float, seed: int) -> "datasets.Dataset":

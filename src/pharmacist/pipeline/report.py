@@ -38,7 +38,7 @@ def report(options: ReportOptions) -> str:
             f"{folder}: a run of '{manifest.stage}', which has no HTML report; give the folder of a {known}"
         )
     if manifest.stage != "bench":  # of which what is finished can be shown
-        if manifest.status != "success":
+        if manifest.status == "started":
             raise DataError(
                 f"{folder}: this {manifest.stage} is not finished; run the same command again to resume it"
             )

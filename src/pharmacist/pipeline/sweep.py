@@ -80,8 +80,8 @@ def sweep(options: SweepOptions) -> SweepResult:
         PharmacistError: Bad options or input of any attack; raised before the first training.
     """
     strategy, kind = DEFENSES.build_from(options.defense), ATTACKS.build_from(options.kind)
-    if options.grid.poison_ratio and kind.ratio is not None:
-        raise ConfigError(f"--grid.poison_ratio: the kind {kind.name} has a fixed ratio, {kind.ratio:g}; leave it out")
+    if options.grid.poison_ratio:
+        kind.check_varies("--grid.poison_ratio")
     measuring = _evaluate_options(options, options.model, Path(options.output_dir))
     if measuring.task_type["name"] == "win-rate":
         raise ConfigError(

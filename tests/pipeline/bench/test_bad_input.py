@@ -91,7 +91,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"attacks": [{"kind": "mix", "poison_ratio": 7}]}, "must lie in [0, 1]"),
         (
             {"attacks": [{"kind": "harmful", "poison_ratio": [0.1, 0.2]}]},
-            "attack 'harmful': the kind harmful has a fixed ratio, 1; leave 'poison_ratio' out",
+            "attack 'harmful': poison_ratio: the kind harmful has a fixed ratio, 1; leave it out",
         ),
         ({"post_alignment_defenses": ["antidote"]}, "'antidote' needs harmful rows: give 'harmful' under repair"),
         ({"judges": ["probe"]}, "judge 'probe' needs harmful references: give it a 'harmful'"),

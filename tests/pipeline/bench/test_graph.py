@@ -20,7 +20,7 @@ from pharmacist.pipeline.bench.data import Data
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BenchOptions
 from pharmacist.pipeline.bench.results import Result, collect
-from pharmacist.pipeline.bench.stages import run_stage, stage_warnings
+from pharmacist.pipeline.bench.stages import has_answers, run_stage, stage_warnings
 from pharmacist.report.benchmark import AXES
 from pharmacist.selectors.labels import write_labels
 from tests.support.bench_fakes import BROKEN, OTHER, PARTIAL, Stages, finished
@@ -382,6 +382,21 @@ def test_answers_are_those_of_a_finished_evaluation(stages: Stages, tmp_path: Pa
         assert likes == {("keyword", True), ("probe", False)}, "wherever the judge stands"
 
 
+def test_answers_are_taken_where_verdicts_alone_failed(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PARTIAL, "step-1")
+    changes: dict[str, Any] = {"selectors": ["random"], "defenses": ["sft"]}
+    run(tmp_path, **changes)
+    graph = expand(grid(tmp_path, **changes), tmp_path).stages
+    measured = [stage for stage in graph.values() if stage.kind == "evaluate"]
+    assert sorted(read_manifest(stage.folder).status for stage in measured) == ["partial", "success", "success"]
+    assert all(has_answers(stage, graph) for stage in measured)
+    for stage in measured:
+        (stage.folder / "items.jsonl").write_text('{"error": "timed out"}\n')
+    assert [has_answers(stage, graph) for stage in measured].count(False) == 1, "the partial one"
+
+
 def test_another_encoder_ranks_again(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"selectors": ["k-center"], "curate": {"embedder": str(tmp_path)}}
     (tmp_path / "weights.safetensors").write_text("a")
@@ -544,11 +559,14 @@ def test_the_ratio_of_an_attack_is_that_of_its_set(stages: Stages, tmp_path: Pat
 def test_failed_verdicts_are_told(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PARTIAL, "step-1")
     changes: dict[str, Any] = {"selectors": ["full"], "defenses": ["sft"]}
-    assert run(tmp_path, **changes).rows == []
+    assert len(run(tmp_path, **changes).rows) == 1, "the metrics cover the rest"
+    assert read_manifest(tmp_path).status == "started"
     (warning,) = read_manifest(tmp_path).warnings
     assert warning.startswith("evaluate keyword: answers or verdicts failed") and "requests them again" in warning
     monkeypatch.delenv(PARTIAL)
-    assert len(run(tmp_path, **changes).rows) == 1 and read_manifest(tmp_path).warnings == []
+    stages.began()
+    assert len(run(tmp_path, **changes).rows) == 1 and stages.began() == {"evaluate": 1}
+    assert read_manifest(tmp_path).warnings == [] and read_manifest(tmp_path).status == "success"
 
 
 def test_warnings_of_stages_that_differ_only_in_numbers_are_told_once() -> None:

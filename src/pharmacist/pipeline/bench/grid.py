@@ -39,6 +39,7 @@ from pharmacist.pipeline.bench.stages import (
     Draft,
     Input,
     Stage,
+    has_answers,
     is_finished,
     make_stage,
     with_options,
@@ -298,11 +299,8 @@ def _swept(attacks: Iterable[AttackEntry]) -> Iterator[AttackEntry]:
     for attack in attacks:
         strength = {name: getattr(attack, name) for name in ("poison_ratio", "samples")}
         sweeps = {name: values for name, values in strength.items() if isinstance(values, list)}
-        if "poison_ratio" in sweeps and (ratio := ATTACKS.build_from(attack.kind).ratio) is not None:
-            raise ConfigError(
-                f"attack '{attack.name}': the kind {attack.kind['name']} has a fixed ratio, {ratio:g}; leave "
-                "'poison_ratio' out"
-            )
+        if "poison_ratio" in sweeps:
+            ATTACKS.build_from(attack.kind).check_varies(f"attack '{attack.name}': poison_ratio")
         for name, values in sweeps.items():
             _check_differ(f"attack '{attack.name}': {name}", values)
         for chosen in itertools.product(*sweeps.values()):
@@ -532,11 +530,11 @@ class _Graph:
         return self.stages[stage.name]
 
     def share_answers(self) -> None:
-        """Has judges of the same answers take them from one evaluation, which is a finished one if there is any."""
+        """Has judges of the same answers take them from one evaluation, one that has them already if there is any."""
         for names in self._asking.values():
             first, *others = names
             if others:
-                first = next((name for name in names if is_finished(self.stages[name], self.stages)), first)
+                first = next((name for name in names if has_answers(self.stages[name], self.stages)), first)
             for stage in [self.stages[name] for name in names if name != first]:
                 self.stages[stage.name] = replace(stage, parents=(*stage.parents, first), like=first)
 

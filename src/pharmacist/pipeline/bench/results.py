@@ -1,7 +1,8 @@
 """Results of a benchmark: ``results.parquet``, a row per cell and seed, and ``verdicts.parquet``, verdicts on prompts.
 
-A cell is one choice on every axis of the grid. Only cells whose last evaluation is finished have a row, so a partial
-run leaves a partial table; ``manifest.json`` beside it says which stages failed. Rates are percentages, times seconds
+A cell is one choice on every axis of the grid. Only cells whose stages are all finished have a row, so an unfinished
+run leaves a shorter table; ``manifest.json`` beside it says which stages failed. Where an endpoint has failed to give
+some replies, the rates cover the rest. Rates are percentages, times seconds
 summed over resumes, and what was not measured is null. The columns are the fields of `Result`, in their order.
 """
 
@@ -110,9 +111,11 @@ def _verdicts(cell: Cell, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def collect(plan: Plan) -> Iterator[Result]:
-    """The rows of the cells whose stages are all finished with their inputs as they are now, in the grid's order."""
+    """The rows of the cells whose stages are all finished with their inputs as they are now, in the grid's order; an
+    evaluation may be partial.
+    """
     manifests = {name: stage.manifest for name, stage in plan.stages.items() if is_current(stage, plan.stages)}
-    found = {name: manifest for name, manifest in manifests.items() if manifest and manifest.status == "success"}
+    found = {name: manifest for name, manifest in manifests.items() if manifest and manifest.status != "started"}
     for cell in plan.cells:
         if found.keys() >= cell.stages:
             yield _row(cell, found, plan)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pharmacist.core.env import process_index, world_size
 from pharmacist.core.errors import BusyError, DivergedError, OtherRunError
-from pharmacist.core.files import atomic_folder
+from pharmacist.core.files import atomic_folder, read_json_lines
 from pharmacist.core.hashing import sha256_json
 from pharmacist.core.manifest import RunManifest, missing_output, read_manifest
 from pharmacist.core.options import RunOptions, as_json, identifying
@@ -197,7 +197,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """Runs a stage in this process; from the beginning where its inputs have changed since it began."""
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     like = stages.get(stage.like or "")
-    if like is not None and stage.manifest is None and is_finished(like, stages):
+    if like is not None and stage.manifest is None and has_answers(like, stages):
         take_answers(like, stage)
     results = {name: made.content for name in stage.needs if name in stages and (made := stages[name].manifest)}
     while True:
@@ -214,6 +214,14 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
             if options.overwrite or (stage.folder.name != stage.name and stage.kind != "evaluate"):
                 raise
             options = with_options(options, overwrite=True)
+
+
+def has_answers(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+    """Whether an evaluation has all answers of its model as it is now; an endpoint may have failed to judge some."""
+    manifest, items = stage.manifest, stage.folder / "items.jsonl"
+    if manifest is None or manifest.status == "started" or not items.is_file() or is_stale(stage, stages):
+        return False
+    return manifest.status == "success" or not any("error" in item for item in read_json_lines(items))
 
 
 def take_answers(other: Stage, stage: Stage) -> None:
