@@ -166,6 +166,9 @@ def test_messages_in_memory_may_be_in_tuples_and_arrays(tmp_path):
     rows = [*pd.read_parquet(tmp_path / "pool.parquet").to_dict("records"), {"messages": tuple(turns)}]
     assert isinstance(rows[0]["messages"], np.ndarray)
     assert read(rows) == [{"messages": turns}, {"messages": turns}]
+    nested = {"history": [["Bake?", "Yes."]], "messages": [turns[0] | {"tool_calls": [], "n": [[1], [2, 3]]}]}
+    pq.write_table(pa.table({name: [value] for name, value in nested.items()}), tmp_path / "pool.parquet")
+    assert read(pd.read_parquet(tmp_path / "pool.parquet").to_dict("records")) == [nested]
 
 
 def test_numbers_of_numpy_in_memory_are_numbers():

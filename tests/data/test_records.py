@@ -3,6 +3,7 @@ import random
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 
 from pharmacist.core.errors import ConfigError, DataError
@@ -445,3 +446,12 @@ def test_prompts_alone_keep_turns_and_inputs(tmp_path):
     assert [r.number for r in records.refused] == [1, 2, 3]
     with pytest.raises(DataError, match="known row formats are prompt, messages or instruction"):
         read(tmp_path, [{"question": "q"}], prompts_only=True)
+
+
+def test_nan_is_a_missing_cell_where_rows_may_lack_it(tmp_path):
+    frame = pd.DataFrame(
+        [{"instruction": "a", "output": "b"}] * 2 + [{"instruction": "c", "input": "d", "output": "e"}]
+    )
+    rows = frame.assign(system=[float("nan")] * 2 + ["s"], history=float("nan"), label=float("nan")).to_dict("records")
+    records = read(tmp_path, rows)
+    assert records.dataset["prompt"][:] == ["a", "a", "s\nc\n\nd"] and not records.warnings

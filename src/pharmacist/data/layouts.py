@@ -307,7 +307,7 @@ class RowReader:
 
     def _alpaca(self, instruction: str, output: str, row: Mapping[str, Any]) -> Canonical:
         columns = [self.column[name] for name in ("instruction", "output", "input")]
-        context = "" if row.get(columns[2]) is None else _text(row[columns[2]], columns[2])
+        context = _text(row[columns[2]], columns[2]) if _is_there(row.get(columns[2])) else ""
         _check_filled(instruction, columns[0])
         _check_filled(output, columns[1])
         alone = is_blank(context)
@@ -343,8 +343,8 @@ def _holds_messages(chosen: Any) -> bool:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether a cell is neither null nor empty."""
-    return value is not None and not (isinstance(value, str | list | dict) and not value)
+    """Whether a cell is neither null nor empty, nor NaN, which stands for null in rows of pandas."""
+    return value is not None and value == value and not (isinstance(value, str | list | dict) and not value)
 
 
 def _text(value: Any, column: str) -> str:

@@ -91,8 +91,10 @@ class Mappings(Source):
 def _of_python(cell: Any) -> Any:
     """A cell with Python's own types: messages may be in a tuple, or in an array, as pandas reads them."""
     if isinstance(cell, np.ndarray | np.number | np.bool_):
-        return cell.tolist()
-    return list(cell) if isinstance(cell, tuple) else cell
+        cell = cell.tolist()
+    if isinstance(cell, dict):
+        return {name: _of_python(inner) for name, inner in cell.items()}
+    return list(map(_of_python, cell)) if isinstance(cell, list | tuple) else cell
 
 
 def open_memory(spec: Any, name: str) -> Source:
