@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,13 @@ def test_lm_eval_is_the_harnesss_own(
     models.HFLM = HFLM  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
+    known = SimpleNamespace(match_tasks=lambda names: [name for name in names if name in ("arc_easy", "gsm8k")])
+    tasks: Any = ModuleType("lm_eval.tasks")
+    tasks.TaskManager = lambda: known
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", models)
+    assert main([word.replace("arc_easy", "arc_esy") for word in words]) == 2
+    assert "--lm-eval arc_esy: lm-eval has no task of this name" in capsys.readouterr().err and not seen
     assert main([word for word in words if word != "--quiet"]) == 0
     told = "warning: --lm-eval wikitext: reports no accuracy but word_perplexity, which is in metrics.json only"
     assert told in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +90,41 @@ def drift(difference: FloatArray, tokens: FloatArray) -> Estimate:
     return Estimate(value, low, high, found.n, found.missing)
 
 
-def check_lm_eval(tasks: str) -> list[str]:
-    """Names of the tasks; raises if the harness is not installed."""
-    names = [name.strip() for name in tasks.split(",")]
+def check_lm_eval(tasks: str) -> None:
+    """Checks the names of tasks, with commas between them, and that the harness is installed and knows them.
+
+    Raises:
+        PharmacistError: It does not.
+    """
+    names = _names(tasks)
     if not all(names):
         raise ConfigError(f"--lm-eval {tasks}: give names with commas between them, such as mmlu,arc_easy")
     try:
         importlib.import_module("lm_eval")
     except ImportError as error:
         raise CompatibilityError("--lm-eval: lm-eval is not installed; pip install 'pharmacist[lm-eval]'") from error
-    return names
+    known = importlib.import_module("lm_eval.tasks").TaskManager().match_tasks(names)
+    for name in names:
+        if name not in known and not os.path.exists(name):  # a task may also be a file
+            raise ConfigError(f"--lm-eval {name}: lm-eval has no task of this name; see its own list of tasks")
 
 
-def lm_eval(names: list[str], loaded: LoadedModel, *, batch_size: int, seed: int) -> dict[str, Metric]:
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",")]
+
+
+def lm_eval(tasks: str, loaded: LoadedModel, *, batch_size: int, seed: int) -> dict[str, Metric]:
     """Runs tasks of lm-eval's harness on a loaded model; figures and standard errors are those of the harness.
 
-    A DataError where the harness knows no such task, or cannot get its data.
+    A DataError where the harness cannot run a task, or get its data.
     """
     harness, models = (importlib.import_module(name) for name in ("lm_eval", "lm_eval.models.huggingface"))
     model = models.HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 8)
     try:
         seeds = {f"{kind}random_seed": seed % 2**32 for kind in ("", "numpy_", "torch_", "fewshot_")}  # NumPy's range
-        found = harness.simple_evaluate(model=model, tasks=names, log_samples=False, **seeds)
+        found = harness.simple_evaluate(model=model, tasks=_names(tasks), log_samples=False, **seeds)
     except (KeyError, ValueError, OSError) as error:
-        raise DataError(f"--lm-eval {','.join(names)}: lm-eval cannot run them ({one_line(error)})") from error
+        raise DataError(f"--lm-eval {tasks}: lm-eval cannot run them ({one_line(error)})") from error
     judge = f"lm-eval@{getattr(harness, '__version__', 'unknown')}"
     metrics = {f"lm_eval_{name}": _harness_metric(found, name, judge) for name in found["results"]}
     return {name: metric for name, metric in metrics.items() if metric["all"]}  # a mere group of tasks has no scores

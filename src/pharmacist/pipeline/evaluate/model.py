@@ -15,7 +15,7 @@ from pharmacist.data.records import Records
 from pharmacist.evaluation.answers import Answer, separated
 from pharmacist.evaluation.endpoint import count_reasons
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
-from pharmacist.evaluation.general import check_lm_eval, lm_eval, loss_margin, perplexity_drift
+from pharmacist.evaluation.general import lm_eval, loss_margin, perplexity_drift
 from pharmacist.evaluation.graders import GRADERS, detect_grader
 from pharmacist.evaluation.reasoning import CUT, ENDED
 from pharmacist.nn.distributed import from_main
@@ -190,7 +190,6 @@ def _general(inputs: EvaluateInputs, records: Mapping[str, Records], run: RunDir
         with run.phase("margin"):
             found["loss_margin"] = loss_margin(refusals, harmful, engine.local(), work=run.work("margin"))
     if options.lm_eval is not None:
-        names = check_lm_eval(options.lm_eval)
         with run.phase("lm-eval"):
-            found |= lm_eval(names, engine.local(), batch_size=options.batch_size, seed=options.seed)
+            found |= lm_eval(options.lm_eval, engine.local(), batch_size=options.batch_size, seed=options.seed)
     return found
