@@ -126,6 +126,19 @@ def test_pairs_of_rows_without_numbers_are_refused(model: Path, tmp_path: Path) 
         trainer.train()
 
 
+def test_pairs_of_rows_that_are_padded_in_front_are_refused(model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    numbered = ph.tokenize(rows().remove_columns("row"), tokenizer, max_length=64)
+    own = {
+        "streams": {"paired": Pairs()},
+        "train_dataset": numbered.add_column("row", list(range(len(numbered)))),
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+        "arguments": {"remove_unused_columns": False},
+    }
+    with pytest.raises(CompatibilityError, match="set the tokenizer's padding_side to 'right'"):
+        make("transformers", model, tmp_path, ph.RepNoise(), **own).train()
+
+
 def test_what_a_strategy_found_is_kept(model: Path, tmp_path: Path) -> None:
     trainer = make(
         "transformers",

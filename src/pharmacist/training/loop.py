@@ -82,8 +82,8 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
     if adapted:  # loaded with `merge=False`, to be continued
         return loaded
     config = options.lora.config()
-    if loaded.shared and isinstance(config.init_lora_weights, str):
-        model = deepcopy(model)  # to begin as olora, PEFT changes the base model's weights in place
+    if loaded.shared and str(config.init_lora_weights).lower() == "olora":
+        model = deepcopy(model)  # PEFT changes the base model's weights in place
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init", *stage))
         try:

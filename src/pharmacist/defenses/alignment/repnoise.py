@@ -96,6 +96,11 @@ class RepNoise(GradientStrategy):
                 "repnoise pairs rows by number, but batches have no column 'row'; train on rows that have one, with "
                 "remove_unused_columns=False"
             )
+        if not bool(step.batch["attention_mask"][:, 0].all()):
+            raise CompatibilityError(
+                "repnoise compares rows from their beginnings, and batches are padded there; set the tokenizer's "
+                "padding_side to 'right'"
+            )
         having, harmful = step.streams["paired"].batch(step.rows)
         pairs = int(total(torch.tensor(float(len(having)), device=step.batch["input_ids"].device)))
         step.log(pairs=pairs)
