@@ -63,7 +63,7 @@ MISTAKES = {
     "no label": ([{"row": 2}], "label None is none of"),
     "two labels": ([GOOD, BAD, {"row": 1, "label": "harmful"}], "row 1 has two labels"),
     "the same label twice": ([GOOD, BAD, GOOD], "row 1 has two labels"),
-    "no entry": ([GOOD, "good"], "entry 1: the pool has no usable row None"),
+    "no entry": ([GOOD, "good"], "entry 1: 'good' is no object with row and label"),
     "all alike": ([GOOD, {"row": 2, "label": "good"}], "all 2 labels are 'good', which teaches nothing"),
     "nothing": ([], "holds no labels; label some rows"),
     "no list": ({"1": "good"}, "write it as"),

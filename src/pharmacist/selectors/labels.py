@@ -12,6 +12,7 @@ from pharmacist.core.errors import DataError
 from pharmacist.core.files import check_ordinary, read_json, write_json
 from pharmacist.core.hashing import sha256_file
 from pharmacist.core.progress import warn
+from pharmacist.core.typed import cut
 from pharmacist.data.arrays import FloatArray, IntArray
 from pharmacist.selectors.base import CRITICAL
 
@@ -70,7 +71,9 @@ def read_entries(
     usable = set(np.asarray(rows).tolist())
     found: dict[int, str] = {}
     for number, entry in enumerate(entries):
-        row, label = (entry.get("row"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(entry, dict):
+            raise DataError(f"{where}: entry {number}: {cut(repr(entry))} is no object with row and label")
+        row, label = entry.get("row"), entry.get("label")
         if isinstance(row, bool) or not isinstance(row, Integral) or row not in usable:
             raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
         if not isinstance(label, str) or label not in LABELS:
