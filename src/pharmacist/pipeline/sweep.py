@@ -34,7 +34,7 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
-from pharmacist.pipeline.bench.stages import Draft, Stage, make_stage, stage_warnings
+from pharmacist.pipeline.bench.stages import Draft, StageRun, make_stage, stage_warnings
 from pharmacist.pipeline.evaluate.reading import EvaluateInputs, verdict_files
 from pharmacist.pipeline.pages import sweep_page, write_table
 from pharmacist.pipeline.stages.attack import AttackOptions
@@ -201,20 +201,20 @@ class _Sweep:
 
     options: SweepOptions
     run: RunDir
-    stages: dict[str, Stage] = field(default_factory=dict)
+    stages: dict[str, StageRun] = field(default_factory=dict)
 
-    def stage(self, kind: str, options: RunOptions, *parents: Stage) -> Stage:
+    def stage(self, kind: str, options: RunOptions, *parents: StageRun) -> StageRun:
         """Adds an attack or an evaluation to the graph."""
         folder, names = Path(options.output_dir), [parent.name for parent in parents]
         stage = make_stage(self.run.root, Draft(kind, options, folder.name), {}, parents=names, folder=folder)
         return self.stages.setdefault(stage.name, stage)
 
-    def evaluation(self, model: str, name: str, *parents: Stage, curve: bool = False) -> Stage:
+    def evaluation(self, model: str, name: str, *parents: StageRun, curve: bool = False) -> StageRun:
         """Adds the evaluation of a model; for a curve of the harmful score alone."""
         options = _evaluate_options(self.options, model, self.run.path("evaluate", name), curve=curve)
         return self.stage("evaluate", options, *parents)
 
-    def execute(self, stages: Sequence[Stage]) -> dict[str, str]:
+    def execute(self, stages: Sequence[StageRun]) -> dict[str, str]:
         """Runs stages and returns those that diverged, with the reason."""
         diverged: dict[str, str] = {}
         executor = EXECUTORS.build_from(self.options.executor)
@@ -271,7 +271,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
     return SweepResult(summary, run.root)
 
 
-def _metrics(stage: Stage) -> dict[str, Any]:
+def _metrics(stage: StageRun) -> dict[str, Any]:
     return read_manifest(stage.folder).metrics
 
 
@@ -285,11 +285,11 @@ def _build_sets(points: Sequence[_Point], run: RunDir) -> None:
         attack(replace(options, build_only=True, snapshots=[], output_dir=folder))
 
 
-def _curves(sweep: _Sweep, attacks: Mapping[str, Stage], summary: Mapping[str, Any]) -> dict[str, Any]:
+def _curves(sweep: _Sweep, attacks: Mapping[str, StageRun], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Harmful score over the steps of an attack, for the attacks that ``--curves`` names."""
     names = {"worst": {summary["worst"]}, "all": attacks.keys(), "none": set()}[sweep.options.curves]
     entries = {it["name"]: it for it in summary["attacks"] if it["name"] in names and "failed" not in it}
-    measured: dict[str, dict[int, Stage]] = {}
+    measured: dict[str, dict[int, StageRun]] = {}
     for name in entries:
         attacked, snapshots = attacks[name], f"{attacks[name].options.output_dir}/snapshots"
         measured[name] = {

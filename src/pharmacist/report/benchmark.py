@@ -19,7 +19,7 @@ from statsmodels.stats.multitest import multipletests
 from pharmacist.core.console import markdown, plain
 from pharmacist.core.errors import DataError
 from pharmacist.report.cautions import cautions
-from pharmacist.report.numbers import METRICS, Figure, Metric
+from pharmacist.report.numbers import SHOWN_METRICS, Figure, ShownMetric
 
 
 _SERIES = ("selector", "fraction")
@@ -67,7 +67,7 @@ class Line:
         """Its choice on the axes of `SETTING`."""
         return tuple(self.axes[axis] for axis in SETTING)
 
-    def figure(self, metric: Metric, difference: bool) -> Figure | None:
+    def figure(self, metric: ShownMetric, difference: bool) -> Figure | None:
         """The mean of a metric, or its difference to the baseline, where it was measured."""
         value = self.values.get(metric.key)
         return value.difference if difference and value is not None else value
@@ -98,7 +98,7 @@ class Benchmark:
         if (twice := results.duplicated([*AXES, "seed"])).any():
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
-        for name in (name for name in METRICS if name in results):
+        for name in (name for name in SHOWN_METRICS if name in results):
             numbers = pd.to_numeric(results[name], errors="coerce")
             if (results[name].notna() & ~np.isfinite(numbers)).any():
                 raise DataError(f"results.parquet: {name} holds something else than numbers; run the benchmark again")
@@ -125,7 +125,7 @@ class Benchmark:
         self.comparisons = {metric.name: tested.count(metric.name) for metric in self.metrics}
         """Name of a metric -> how many differences were tested, by all judges: the family of Holm's correction."""
 
-    def columns(self, metrics: Iterable[Metric]) -> list[tuple[Metric, bool]]:
+    def columns(self, metrics: Iterable[ShownMetric]) -> list[tuple[ShownMetric, bool]]:
         """Columns of a table: each metric, and where it is compared, its difference to the baseline."""
         return [
             (metric, difference)
@@ -214,9 +214,11 @@ def _names(values: "pd.Series[Any]", known: Sequence[Any]) -> list[Any]:
     return [name for name in known if name in present] + others
 
 
-def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metric]]:
+def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[ShownMetric]]:
     """Title -> metrics that were measured; with one judge all of them under no title."""
-    found = [metric for metric in METRICS.values() if metric.name in results and results[metric.name].notna().any()]
+    found = [
+        metric for metric in SHOWN_METRICS.values() if metric.name in results and results[metric.name].notna().any()
+    ]
     if len(judges) == 1:
         return {"": found}
     judged = [metric for metric in found if metric.judged or _differs(metric, results)]
@@ -232,13 +234,13 @@ def _groups(results: pd.DataFrame, judges: Sequence[str]) -> dict[str, list[Metr
     return {title: metrics for title, metrics in groups.items() if metrics}
 
 
-def _differs(metric: Metric, results: pd.DataFrame) -> bool:
+def _differs(metric: ShownMetric, results: pd.DataFrame) -> bool:
     """Whether a metric differs between judges, as accuracy does where an option of a judge changes answers."""
     runs = results.groupby([*_CELL, "seed"])[metric.name]
     return bool((runs.max() - runs.min() > 1e-6).any())
 
 
-def _by_seed(metric: Metric, runs: pd.DataFrame) -> dict[int, float]:
+def _by_seed(metric: ShownMetric, runs: pd.DataFrame) -> dict[int, float]:
     """A metric by seed, from the rows of its judge or, where it depends on none, from the first that has it."""
     found: dict[int, float] = {}
     for seed, judge, value in zip(runs["seed"], runs["judge"], runs[metric.name], strict=True):
@@ -247,7 +249,7 @@ def _by_seed(metric: Metric, runs: pd.DataFrame) -> dict[int, float]:
     return found
 
 
-def _value(metric: Metric, runs: pd.DataFrame, others: pd.DataFrame | None) -> Value | None:
+def _value(metric: ShownMetric, runs: pd.DataFrame, others: pd.DataFrame | None) -> Value | None:
     """A metric of some runs, and its difference to other runs of the same seeds."""
     measured, baseline = _by_seed(metric, runs), {} if others is None else _by_seed(metric, others)
     if not measured:
@@ -335,7 +337,7 @@ def summaries(benchmark: Benchmark) -> Iterator[tuple[str, list[str], list[list[
             yield f"{title}, {name}" if title else name, head, rows
 
 
-def _short(metric: Metric, verdict: Mapping[str, Any] | None, most: Mapping[str, int]) -> str:
+def _short(metric: ShownMetric, verdict: Mapping[str, Any] | None, most: Mapping[str, int]) -> str:
     if verdict is None:
         return "-"
     star = "*" if verdict["better"] or verdict["worse"] else ""
@@ -346,7 +348,7 @@ def _short(metric: Metric, verdict: Mapping[str, Any] | None, most: Mapping[str,
 # --- tables for papers ----------------------------------------------------------------------------------------------
 
 
-def _cells(benchmark: Benchmark, metrics: Sequence[Metric], minus: str, bold: str) -> pd.DataFrame:
+def _cells(benchmark: Benchmark, metrics: Sequence[ShownMetric], minus: str, bold: str) -> pd.DataFrame:
     """A table of texts: means with intervals, and differences, the significant ones in `bold`."""
     heads = [("", axis.replace("_", " ")) for axis in benchmark.several] + [("", "aligned on")]
     columns = benchmark.columns(metrics)

@@ -26,7 +26,7 @@ from pharmacist.core.files import read_json, write_text
 from pharmacist.core.manifest import read_manifest
 from pharmacist.report import charts, tables, words
 from pharmacist.report.cautions import cautions
-from pharmacist.report.numbers import METRICS, Figure
+from pharmacist.report.numbers import SHOWN_METRICS, Figure
 
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def render_demo(
     scores = pd.read_parquet(folder / "rank" / "scores.parquet")
     ranking, data = _ranking(scores, datasets.Dataset.from_list(list(pool)), manifest, labels, categories)
     measured = ("alignment_seconds", "fine_tune_accuracy", "over_refusal_aligned", "over_refusal")
-    found = {name: METRICS[name.removesuffix("_aligned")] for name in measured}
+    found = {name: SHOWN_METRICS[name.removesuffix("_aligned")] for name in measured}
     data["figures"] |= {name: charts.bars(summary[name], metric.unit) for name, metric in found.items()}
     curves = [
         charts.Curve(words.ARMS[arm].title, words.ARMS[arm].css, summary["steps"], charts.over_seeds(seeds), *marks)

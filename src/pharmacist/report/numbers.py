@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from pharmacist.evaluation.metrics import METRICS as OF_EVALUATIONS
+from pharmacist.evaluation.metrics import METRICS
 from pharmacist.evaluation.statistics import RATE, t_interval
 
 
@@ -13,7 +13,7 @@ _SECONDS, _ANY = (0.0, inf), (-inf, inf)
 
 
 @dataclass(frozen=True)
-class Metric:
+class ShownMetric:
     """A measured quantity, a column of ``results.parquet``."""
 
     name: str
@@ -49,21 +49,21 @@ class Metric:
         return Figure(found.value, *(found.interval or ()))
 
 
-_TITLES = {name: kind.title.capitalize() for name, kind in OF_EVALUATIONS.items()}
-METRICS = {
+_TITLES = {name: kind.title.capitalize() for name, kind in METRICS.items()}
+SHOWN_METRICS = {
     metric.name: metric
     for metric in (
-        Metric("harmful_score", _TITLES["harmful_score"], "%", -1, judged=True),
-        Metric("harmful_score_over_attack", f"{_TITLES['harmful_score']} over the attack", "%", -1, judged=True),
-        Metric("loss_margin", _TITLES["loss_margin"], "nats", 1, _ANY, digits=3),
-        Metric("loss_margin_over_attack", f"{_TITLES['loss_margin']} over the attack", "nats", 1, _ANY, digits=3),
-        Metric("fine_tune_accuracy", _TITLES["fine_tune_accuracy"], "%", 1),
-        Metric("win_rate", _TITLES["win_rate"], "%", 1),
-        Metric("over_refusal", _TITLES["over_refusal"], "%", -1, judged=True),
-        Metric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
-        Metric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),
-        Metric("alignment_seconds", "Alignment time", "s", -1, _SECONDS),
-        Metric("selection_seconds", "Selection time", "s", -1, _SECONDS, compared=False),
+        ShownMetric("harmful_score", _TITLES["harmful_score"], "%", -1, judged=True),
+        ShownMetric("harmful_score_over_attack", f"{_TITLES['harmful_score']} over the attack", "%", -1, judged=True),
+        ShownMetric("loss_margin", _TITLES["loss_margin"], "nats", 1, _ANY, digits=3),
+        ShownMetric("loss_margin_over_attack", f"{_TITLES['loss_margin']} over the attack", "nats", 1, _ANY, digits=3),
+        ShownMetric("fine_tune_accuracy", _TITLES["fine_tune_accuracy"], "%", 1),
+        ShownMetric("win_rate", _TITLES["win_rate"], "%", 1),
+        ShownMetric("over_refusal", _TITLES["over_refusal"], "%", -1, judged=True),
+        ShownMetric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
+        ShownMetric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),
+        ShownMetric("alignment_seconds", "Alignment time", "s", -1, _SECONDS),
+        ShownMetric("selection_seconds", "Selection time", "s", -1, _SECONDS, compared=False),
     )
 }
 """Metrics that tables and pages show, as far as they were measured, in their order."""

@@ -8,7 +8,7 @@ from pharmacist.core.console import markdown as escaped
 from pharmacist.core.files import read_json
 from pharmacist.report import charts
 from pharmacist.report.html import write_page
-from pharmacist.report.numbers import METRICS, Figure, rate_text
+from pharmacist.report.numbers import SHOWN_METRICS, Figure, rate_text
 
 
 GROUPS = {
@@ -80,7 +80,11 @@ def attack_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     settings = [attack["settings"] | {"steps": attack.get("steps")} for attack in attacks]
     names = list(dict.fromkeys(name for setting in settings for name in setting))
     varied = [name for name in names if len({setting.get(name) for setting in settings}) > 1] or ["steps"]
-    head = [*(_SETTINGS.get(name, name) for name in varied), *(METRICS[name].title.lower() for name in rates), ""]
+    head = [
+        *(_SETTINGS.get(name, name) for name in varied),
+        *(SHOWN_METRICS[name].title.lower() for name in rates),
+        "",
+    ]
     lines = [
         [
             *("-" if setting.get(name) is None else f"{setting[name]}" for name in varied),

@@ -21,7 +21,7 @@ from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
 from pharmacist.pipeline.bench.overlap import shared_prompts
 from pharmacist.pipeline.bench.results import Result, collect, write_results, write_verdicts
-from pharmacist.pipeline.bench.stages import Outcome, Stage, is_finished, stage_warnings
+from pharmacist.pipeline.bench.stages import Outcome, StageRun, is_finished, stage_warnings
 from pharmacist.pipeline.pages import bench_page
 
 
@@ -119,7 +119,7 @@ def _mark_unfinished(root: Path) -> None:
 
 
 def run_stages(
-    stages: Mapping[str, Stage], waiting: Sequence[Stage], executor: Executor, title: str = "bench"
+    stages: Mapping[str, StageRun], waiting: Sequence[StageRun], executor: Executor, title: str = "bench"
 ) -> Generator[Outcome, None, None]:
     """Runs stages of a graph, each after those that it needs, and yields their outcomes."""
     with bar(title, total=len(waiting)) as progress, closing(executor.run(waiting, stages)) as outcomes:
@@ -159,7 +159,7 @@ def _one_line(error: Exception) -> str:
     return plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
-def _show_costs(plan: Plan, waiting: Sequence[Stage]) -> None:
+def _show_costs(plan: Plan, waiting: Sequence[StageRun]) -> None:
     """Prints the graph by kind and method of stages, with what it will cost."""
     costs = _costs(plan, {stage.name for stage in waiting})
     known, hours = costs["seconds"].notna(), f"{costs['seconds'].sum() / 3600:.2f}"
@@ -226,7 +226,7 @@ def _costs(plan: Plan, waiting: Collection[str]) -> pd.DataFrame:
     return table.astype({"tokens": float, "seconds": float})
 
 
-def _rows(stage: Stage, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:
+def _rows(stage: StageRun, plan: Plan, finished: Mapping[str, RunManifest]) -> float | None:
     """Rows that pass through the model in training; None where nobody has counted the pool yet."""
     train: Mapping[str, Any] = stage.options.effective_train
     if int(train.get("max_steps", 0)) > 0:

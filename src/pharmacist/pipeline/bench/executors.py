@@ -14,14 +14,14 @@ from pharmacist.core.method import Method
 from pharmacist.core.progress import silenced
 from pharmacist.core.registry import Registry
 from pharmacist.core.typed import AtLeast0, Checked, NotNegative
-from pharmacist.pipeline.bench.stages import Outcome, Stage, attempt
+from pharmacist.pipeline.bench.stages import Outcome, StageRun, attempt
 
 
 class Executor(Method, ABC):
     """Base of executors."""
 
     @abstractmethod
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
+    def run(self, waiting: Sequence[StageRun], stages: Mapping[str, StageRun]) -> Generator[Outcome, None, None]:
         """Runs the stages of a graph that wait, in an order in which each comes after those that it needs.
 
         Yields:
@@ -32,7 +32,7 @@ class Executor(Method, ABC):
 class Local(Executor):
     """Runs one stage after the other, in this process."""
 
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
+    def run(self, waiting: Sequence[StageRun], stages: Mapping[str, StageRun]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
         ran: dict[str, Outcome] = {}
         for stage in waiting:
@@ -62,7 +62,7 @@ class Ray(Executor):
     Config = RayConfig
     config: RayConfig
 
-    def run(self, waiting: Sequence[Stage], stages: Mapping[str, Stage]) -> Generator[Outcome, None, None]:
+    def run(self, waiting: Sequence[StageRun], stages: Mapping[str, StageRun]) -> Generator[Outcome, None, None]:
         """See `Executor.run`."""
         if not waiting:
             return
@@ -122,7 +122,7 @@ class RemoteError(Exception):
     """A stage failed in a worker; the note holds its traceback."""
 
 
-def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
+def _in_worker(stage: StageRun, stages: Mapping[str, StageRun], *parents: Outcome) -> Outcome:
     with silenced():
         outcome = attempt(stage, stages, *parents)
     if outcome.error is None or isinstance(outcome.error, PharmacistError):
@@ -133,9 +133,9 @@ def _in_worker(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> 
     return Outcome(stage.name, error=error)
 
 
-def _needed(stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+def _needed(stage: StageRun, stages: Mapping[str, StageRun]) -> dict[str, StageRun]:
     """All ancestors of a stage: the base model of an adapter may be the result of an earlier stage than its parent."""
-    found: dict[str, Stage] = {}
+    found: dict[str, StageRun] = {}
     for name in stage.parents:
         found |= _needed(stages[name], stages) | {name: stages[name]}
     return found

@@ -38,7 +38,7 @@ from pharmacist.pipeline.bench.stages import (
     KINDS,
     Draft,
     Input,
-    Stage,
+    StageRun,
     has_answers,
     is_finished,
     make_stage,
@@ -120,7 +120,7 @@ class Plan:
     `warnings` are reasons not to trust the results that the grid itself shows.
     """
 
-    stages: dict[str, Stage]
+    stages: dict[str, StageRun]
     cells: list[Cell]
     axes: dict[str, list[Any]]
     data: Data
@@ -136,7 +136,7 @@ class Plan:
                 write_text(path, text)
         barrier()
 
-    def waiting(self, pattern: str | None = None, *, again: bool = False) -> list[Stage]:
+    def waiting(self, pattern: str | None = None, *, again: bool = False) -> list[StageRun]:
         """Stages that are still to be run for the cells that match a pattern, each after those that it needs.
 
         A stage is run where its result is missing or stale, and where a stage that it needs is run; all are run
@@ -152,7 +152,7 @@ class Plan:
                 f"--only '{pattern}': matches no cell; a cell is called '{self.cells[0].name}', for example"
             )
         needed = {name for cell in cells for name in cell.stages}
-        waiting: dict[str, Stage] = {}
+        waiting: dict[str, StageRun] = {}
         for name, stage in self.stages.items():
             if name in needed and (
                 again or not waiting.keys().isdisjoint(stage.needs) or not is_finished(stage, self.stages)
@@ -332,7 +332,7 @@ class _Graph:
 
     def __init__(self, grid: BenchOptions, root: Path) -> None:
         self.grid, self.data = grid, Data(root)
-        self.stages: dict[str, Stage] = {}
+        self.stages: dict[str, StageRun] = {}
         self._sections: dict[str, dict[str, Any]] = {}
         """Kind of stages -> its options for every cell."""
         self._made: dict[Hashable, Any] = {}
@@ -398,12 +398,12 @@ class _Graph:
 
     def stage(
         self, kind: str, options: Any, chosen: _Choice, method: str, made: Mapping[str, Input], seed: int | None = None
-    ) -> Stage:
+    ) -> StageRun:
         """Adds a stage to the graph, or finds the one that is the same; `made` are results of other stages."""
         stage = make_stage(self.data.root, self.draft(kind, options, chosen, method, made, seed), made)
         return self.stages.setdefault(stage.name, stage)
 
-    def cell(self, chosen: _Choice) -> tuple[dict[str, Stage], tuple[tuple[int, str], ...]]:
+    def cell(self, chosen: _Choice) -> tuple[dict[str, StageRun], tuple[tuple[int, str], ...]]:
         """`Cell.roles` with the stages themselves, and `Cell.curve`."""
         align, attack = self.aligned(chosen), self.attacked(chosen)
         roles = self.selected(chosen) | {"align": align, "attack": attack}
@@ -421,7 +421,7 @@ class _Graph:
         return roles, tuple(curve)
 
     @_once_per("model", "pool", "selector")
-    def selected(self, chosen: _Choice) -> dict[str, Stage]:
+    def selected(self, chosen: _Choice) -> dict[str, StageRun]:
         """The stages that rank and select, and where a selector asks for labels, those before them."""
         pool, selector, who = chosen.pool, chosen.selector, f"selector '{chosen.selector.name}'"
         given = {name: getattr(pool, name) for name in ("pool", *REFERENCES)} | _labels(chosen)
@@ -439,7 +439,7 @@ class _Graph:
         if not method.needs | method.uses:  # so that no model is fingerprinted, and models share the ranking
             options = with_options(options, model=None, safe=[], harmful=[], utility=[])
 
-        def stage(kind: str, options: Any, method: str = selector.name, **made: Input) -> Stage:
+        def stage(kind: str, options: Any, method: str = selector.name, **made: Input) -> StageRun:
             return self.stage(kind, options, chosen, method, made, selector.seed)
 
         roles = {"rank": stage("rank", options)}
@@ -455,7 +455,7 @@ class _Graph:
         return roles
 
     @_once_per("model", "pool", "selector", "defense")
-    def aligned(self, chosen: _Choice) -> Stage:
+    def aligned(self, chosen: _Choice) -> StageRun:
         """The stage that aligns."""
         select = self.selected(chosen)["select"]
         defense, pool, who = chosen.defense, chosen.pool, f"defense '{chosen.defense.name}'"
@@ -478,7 +478,7 @@ class _Graph:
         return self.stage("align", options, chosen, defense.name, made)
 
     @_once_per("model", "pool", "selector", "defense", "attack", "post_alignment_defense", "task")
-    def attacked(self, chosen: _Choice) -> Stage:
+    def attacked(self, chosen: _Choice) -> StageRun:
         """The stage that attacks, under a fine-tuning-stage defense where there is one."""
         attack, defense, task = chosen.attack, chosen.post_alignment_defense, chosen.task
         who = f"post_alignment_defenses, '{defense.name}'"
@@ -507,7 +507,7 @@ class _Graph:
         return self.stage("attack", options, chosen, method, made)
 
     @_once_per("model", "pool", "selector", "defense", "attack", "post_alignment_defense", "task")
-    def repaired(self, chosen: _Choice) -> Stage:
+    def repaired(self, chosen: _Choice) -> StageRun:
         """The stage that repairs."""
         repair, who = chosen.post_alignment_defense, f"post_alignment_defenses, '{chosen.post_alignment_defense.name}'"
         options = self.options("repair", who, repair.options, {"method": repair.method}, model=chosen.model)
@@ -520,7 +520,7 @@ class _Graph:
             made["safe"] = self.selected(chosen)["select"].output(SELECTED)
         return self.stage("repair", options, chosen, repair.name, made)
 
-    def evaluated(self, chosen: _Choice, model: Input, *, prompts_only: bool = False) -> Stage:
+    def evaluated(self, chosen: _Choice, model: Input, *, prompts_only: bool = False) -> StageRun:
         """The stage that evaluates a model."""
         draft, asked, files = self.evaluation(chosen, prompts_only)
         stage = make_stage(self.data.root, draft, {"model": model})
@@ -540,7 +540,7 @@ class _Graph:
 
     @_once_per("model", "pool", "task", "judge")
     def evaluation(self, chosen: _Choice, prompts_only: bool) -> tuple[Draft, str, dict[str, str]]:
-        """The stages that evaluate, without a model; a hash of what they ask; and `Stage.verdict_files`."""
+        """The stages that evaluate, without a model; a hash of what they ask; and `StageRun.verdict_files`."""
         judge, task = chosen.judge, chosen.task
         given = {"judge": judge.judge, "task": task.test} | {name: getattr(judge, name) for name in REFERENCES}
         where, layers = f"judge '{judge.name}', task '{task.name}'", (task.options, judge.options, given)

@@ -21,7 +21,7 @@ from pharmacist.core.options import RunOptions, as_json, identifying
 from pharmacist.core.progress import hushed
 from pharmacist.core.rundir import made_from
 from pharmacist.nn.distributed import barrier
-from pharmacist.pipeline.stage import Stage as Declaration
+from pharmacist.pipeline.stage import Stage
 from pharmacist.pipeline.stages.align import ALIGN
 from pharmacist.pipeline.stages.attack import ATTACK
 from pharmacist.pipeline.stages.curate import CURATE, KNOWN_LABELS, SELECT
@@ -32,7 +32,7 @@ from pharmacist.pipeline.stages.repair import REPAIR
 Options = TypeVar("Options", bound=RunOptions)
 
 
-KINDS: dict[str, Declaration] = {
+KINDS: dict[str, Stage] = {
     "rank": CURATE,
     "label": KNOWN_LABELS,
     "select": SELECT,
@@ -59,7 +59,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRun:
     """One run of one command.
 
     Its key is a hash of the options that identify the run, the content of the inputs (keys of the stages that write
@@ -68,7 +68,7 @@ class Stage:
 
     kind: str
     """Key of `KINDS`."""
-    command: Declaration
+    command: Stage
     """Declaration of the command, which a worker takes from here and not from its own `KINDS`."""
     key: str
     options: Any
@@ -143,7 +143,7 @@ def _of_each(attribute: str, inputs: Mapping[str, Input | list[Input]]) -> dict[
 
 def make_stage(
     root: Path, draft: Draft, made: Mapping[str, Input], *, parents: Sequence[str] = (), folder: Path | None = None
-) -> Stage:
+) -> StageRun:
     """Makes a stage and its key.
 
     Args:
@@ -158,7 +158,7 @@ def make_stage(
     output_dir = str(folder or root / "stages" / f"{kind}-{key[:16]}")
     filled = with_options(draft.options, **_of_each("source", {**draft.inputs, **made}), output_dir=output_dir)
     makers = [one.maker for one in made.values() if one.maker]
-    return Stage(kind, KINDS[kind], key, filled, tuple(dict.fromkeys([*makers, *parents])), draft.method)
+    return StageRun(kind, KINDS[kind], key, filled, tuple(dict.fromkeys([*makers, *parents])), draft.method)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Outcome:
         return self.error is None and not self.skipped
 
 
-def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Outcome:
+def attempt(stage: StageRun, stages: Mapping[str, StageRun], *parents: Outcome) -> Outcome:
     """Runs or resumes a stage unless one that it needs has failed; an exception becomes the outcome.
 
     Under a launcher exceptions are raised, so that it ends the other processes, which may be waiting in the stage;
@@ -193,7 +193,7 @@ def attempt(stage: Stage, stages: Mapping[str, Stage], *parents: Outcome) -> Out
     return Outcome(stage.name)
 
 
-def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
+def run_stage(stage: StageRun, stages: Mapping[str, StageRun]) -> None:
     """Runs a stage in this process; from the beginning where its inputs have changed since it began."""
     options = with_options(stage.options, overwrite=is_stale(stage, stages))
     like = stages.get(stage.like or "")
@@ -216,7 +216,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage]) -> None:
             options = with_options(options, overwrite=True)
 
 
-def has_answers(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+def has_answers(stage: StageRun, stages: Mapping[str, StageRun]) -> bool:
     """Whether an evaluation has all answers of its model as it is now; an endpoint may have failed to judge some."""
     manifest, items = stage.manifest, stage.folder / "items.jsonl"
     if manifest is None or manifest.status == "started" or not items.is_file() or is_stale(stage, stages):
@@ -224,7 +224,7 @@ def has_answers(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     return manifest.status == "success" or not any("error" in item for item in read_json_lines(items))
 
 
-def take_answers(other: Stage, stage: Stage) -> None:
+def take_answers(other: StageRun, stage: StageRun) -> None:
     """Begins an evaluation with the answers of another one, so that none is generated twice."""
     manifest = other.manifest
     if process_index() != 0 or manifest is None:
@@ -236,7 +236,7 @@ def take_answers(other: Stage, stage: Stage) -> None:
         manifest.model_copy(update=begun).write(folder)
 
 
-def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+def is_stale(stage: StageRun, stages: Mapping[str, StageRun]) -> bool:
     """Whether an input was computed again since the stage began, with other content, as after a folder was deleted.
 
     This compares the content that the stage's manifest has noted, not times: clocks of machines differ. Where no
@@ -250,7 +250,7 @@ def is_stale(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     return any(content not in ("", manifest.made_from[name]) for name, content in finished.items())
 
 
-def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+def is_finished(stage: StageRun, stages: Mapping[str, StageRun]) -> bool:
     """Whether a stage has finished, with its inputs as they are now, and all its outputs are there."""
     manifest = stage.manifest
     if manifest is None or manifest.status != "success" or not is_current(stage, stages):
@@ -258,7 +258,7 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     return missing_output(stage.folder, manifest) is None
 
 
-def is_current(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+def is_current(stage: StageRun, stages: Mapping[str, StageRun]) -> bool:
     """Whether what a stage has found is of its inputs, and by its judges and grader, as they are now."""
     inputs = {} if stage.manifest is None else stage.manifest.inputs
     judged = all(inputs.get(name, content) == content for name, content in stage.verdict_files.items())
@@ -270,7 +270,7 @@ _NUMBER = re.compile(r"(?<![\w./-])\d+([.,]\d+)*(?![\w/-]|\.\w)")
 """A number that is no part of a word, a file name or a path."""
 
 
-def stage_warnings(stages: Iterable[Stage]) -> list[str]:
+def stage_warnings(stages: Iterable[StageRun]) -> list[str]:
     """The warnings of finished stages, with whose they are, and that something failed in partial ones; of those that
     differ only in numbers, the first.
     """
