@@ -41,9 +41,9 @@ def test_a_benchmark_tells_the_setting_and_the_judge() -> None:
     assert Benchmark(table.drop(columns="harmful_scores")).cautions == [], "results of another program"
     weak = curves(table, 30.0, 50.0).assign(judge="*weak*", task="two")
     (found,) = Benchmark(pd.concat([table, weak])).cautions
-    assert found.startswith("two · judge *weak*: The alignment has had little effect")
+    assert found.startswith("task two · judge *weak*: The alignment has had little effect")
     assert "full with sft (30 %)" in found
-    assert "two · judge \\*weak\\*: The alignment" in to_markdown(Benchmark(pd.concat([table, weak])))
+    assert "task two · judge \\*weak\\*: The alignment" in to_markdown(Benchmark(pd.concat([table, weak])))
 
 
 def test_without_snapshots_the_scores_before_and_after_count() -> None:

@@ -158,8 +158,7 @@ class Benchmark:
                 name = self.name(line.series) + (f" with {line.axes['defense']}" if "defense" in self.several else "")
                 runs = line.runs[line.runs["judge"] == judge].to_dict("records")
                 curves[name] = [scores for run in runs if (scores := _along_attack(run))]
-            by = f"judge {judge}" if len(self.order["judge"]) > 1 else ""
-            where = plain(" · ".join(filter(None, (self.setting_name(setting), by))))
+            where = plain(self.view_name(setting, judge))
             found += [f"{where}: {text}" if where else text for text in cautions(curves)]
         return found
 
@@ -174,9 +173,10 @@ class Benchmark:
         own, n = line.runs["seed"].nunique(), len(self.seeds)
         return self.name(line.series) if own == n else f"{self.name(line.series)} ({own} of {n} seeds)"
 
-    def setting_name(self, setting: Sequence[Any]) -> str:
-        """Name of a setting: its choices on the axes that have several."""
-        return " · ".join(str(value) for axis, value in zip(SETTING, setting, strict=True) if axis in self.several)
+    def view_name(self, setting: Sequence[Any], judge: str) -> str:
+        """Name of a setting and a judge: the axes that have several choices, with the choice on each."""
+        chosen = zip((*SETTING, "judge"), (*setting, judge), strict=True)
+        return " · ".join(f"{axis.replace('_', ' ')} {name}" for axis, name in chosen if len(self.order[axis]) > 1)
 
     def _lines(self) -> Iterator[Line]:
         groups = [

@@ -54,7 +54,6 @@ def render_benchmark(
         ]
         for name, (figure, shown) in drawn.items()
     }
-    judges = benchmark.order["judge"] if len(looks) > 1 else [""]
     write_page(
         folder / "report.html",
         "benchmark.html.j2",
@@ -62,7 +61,7 @@ def render_benchmark(
         {"figures": figures, "results": result_table(benchmark, colors)},
         manifest=manifest,
         benchmark=benchmark,
-        views=[" · ".join(filter(None, (benchmark.setting_name(it), judge))) for it in settings for judge in judges],
+        views=[benchmark.view_name(setting, look.judge) for setting, look in views],
         defenses=defenses,
         charts=figures.keys(),
         note=note(benchmark),

@@ -580,6 +580,7 @@ def test_warnings_of_stages_that_differ_only_in_numbers_are_told_once() -> None:
             stage("ifd", "AUC of 1: too low"),
             stage("grand", "AUC of 0.8: too low"),
             stage("deita", "never told", status="started"),
+            stage("length", "--selector length: all alike"),
             SimpleNamespace(kind="rank", method="full", manifest=None),
         ]
     )
@@ -587,4 +588,5 @@ def test_warnings_of_stages_that_differ_only_in_numbers_are_told_once() -> None:
         "rank less and 3 more: AUC of 0.97: too low (4 stages)",
         "rank less: safe-1.jsonl: 3 rows",
         "rank dsir: safe-2.jsonl: 4 rows",
+        "rank: --selector length: all alike",
     ]

@@ -41,7 +41,7 @@ def test_real_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     # What the stages warn of is told once, and kept.
     text = "--judge probe: no utility references: harmless help may pass for compliance"
     (warning,) = [it for it in read_manifest(tmp_path / "out").warnings if text in it]
-    assert re.fullmatch(rf"evaluate probe: {text} \(\d stages\)", warning) and warning in page
+    assert re.fullmatch(rf"evaluate: {text} \(\d stages\)", warning) and warning in page
     assert capsys.readouterr().err.count(text) == 1
     evaluations = [read_manifest(path) for path in (tmp_path / "out" / "stages").glob("evaluate-*")]
     assert warning.endswith(f"({len(evaluations)} stages)") and all(text in it.warnings for it in evaluations)

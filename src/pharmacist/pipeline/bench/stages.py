@@ -286,4 +286,5 @@ def stage_warnings(stages: Iterable[StageRun]) -> list[str]:
 def _said(kind: str, methods: Sequence[str], texts: Sequence[str]) -> str:
     first, *more = dict.fromkeys(methods)
     whose = f"{first} and {len(more)} more" if len(more) > 2 else ", ".join([first, *more])
-    return f"{kind} {whose}: {texts[0]}" + (f" ({len(texts)} stages)" if len(texts) > 1 else "")
+    who = kind if f" {whose}: " in texts[0] else f"{kind} {whose}"  # a judge's warnings begin with its name
+    return f"{who}: {texts[0]}" + (f" ({len(texts)} stages)" if len(texts) > 1 else "")
