@@ -53,6 +53,16 @@ def test_a_ranking_is_written_again(ranked: Path) -> None:
     assert sorted(path.name for path in (ranked / "out").iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_pool_that_was_moved_with_the_ranking(ranked: Path, tmp_path: Path) -> None:
+    ranked.rename(tmp_path / "moved")
+    try:
+        (tmp_path / "moved/out/report.html").unlink()
+        assert main(["report", str(tmp_path / "moved/out")]) == 0
+        assert (tmp_path / "moved/out/report.html").is_file()
+    finally:
+        (tmp_path / "moved").rename(ranked)
+
+
 def test_a_pool_that_is_not_what_it_was(ranked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool, page = ranked / "pool.jsonl", ranked / "out/report.html"
     content, before = pool.read_bytes(), page.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -75,14 +76,16 @@ class Ranking:
             DataError: The folder contains no finished ranking, or the pool has changed since then.
         """
         folder, manifest = Path(folder), ranking_manifest(folder)
-        config = options_in(folder, manifest, "pool", "columns", "on_bad_row")
+        config = options_in(folder, manifest, "pool", "columns", "on_bad_row", "output_dir")
         table = read_table(folder / "scores.parquet", *_COLUMNS)
-        if pool is None and str(config["pool"]).endswith(IN_MEMORY):
-            raise DataError(f"{folder}: was ranked from rows in memory; give them to Ranking.load as well")
+        if pool is None:
+            if str(config["pool"]).endswith(IN_MEMORY):
+                raise DataError(f"{folder}: was ranked from rows in memory; give them to Ranking.load as well")
+            pool = _where_it_is(config["pool"], config["output_dir"], folder)
         what = f"{folder}: the pool {config['pool']}"
         again = "restore it (a relative path counts from here), or rank it again with pharmacist curate"
         try:
-            source = open_source(config["pool"] if pool is None else pool, name="pool")
+            source = open_source(pool, name="pool")
         except DataError as error:
             raise DataError(f"{what} is missing; {again}") from error
         if source.fingerprint() != manifest.inputs.get("pool"):
@@ -222,6 +225,12 @@ class Ranking:
         columns = self.records.dataset.select_columns(["row", "prompt", "completion"])
         reasons = self.table["reason"].to_numpy()
         return [dict(columns[int(at)]) | {"reason": str(reasons[at])} for at in self.to_label]
+
+
+def _where_it_is(pool: str, output_dir: str, folder: Path) -> str:
+    """Path of a ranking's pool, which may have been moved together with the ranking's folder."""
+    moved = os.path.normpath(folder / os.path.relpath(pool, output_dir))
+    return moved if not os.path.exists(pool) and os.path.exists(moved) else pool
 
 
 def _content(row: Any) -> str:
