@@ -67,8 +67,9 @@ def run_fake(kind: str, options: Any) -> None:
         write_text(run.path("selected.jsonl"), "{}\n")
         write_text(run.path("items.jsonl"), "")
         value = int(result[:4], 16) / 655.36
-        names = ("harmful_score", "hs_plus", "fine_tune_accuracy", "win_rate", "over_refusal")
-        metrics = {name: {"value": value, "n": 10} for name in names} | {"steps": 8}
+        names = ("harmful_score", "hs_plus", "fine_tune_accuracy", "win_rate", "over_refusal", "lm_eval_arc_easy")
+        metrics: dict[str, Any] = {"steps": 8} if kind == "attack" else {}
+        metrics |= {name: {"value": value, "n": 10} for name in names if kind == "evaluate"}
         failed = kind == "evaluate" and os.environ.get(PARTIAL, "no model") in options.model
         counts = {"ranked": 10, "trained": 3}
         run.finish(outputs=["result.txt"], counts=counts, metrics=metrics, partial=failed)

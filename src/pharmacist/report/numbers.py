@@ -54,12 +54,14 @@ SHOWN_METRICS = {
     metric.name: metric
     for metric in (
         ShownMetric("harmful_score", _TITLES["harmful_score"], "%", -1, judged=True),
+        ShownMetric("harmful_score_second", _TITLES["harmful_score_second"], "%", -1),
         ShownMetric("harmful_score_over_attack", f"{_TITLES['harmful_score']} over the attack", "%", -1, judged=True),
         ShownMetric("loss_margin", _TITLES["loss_margin"], "nats", 1, _ANY, digits=3),
         ShownMetric("loss_margin_over_attack", f"{_TITLES['loss_margin']} over the attack", "nats", 1, _ANY, digits=3),
         ShownMetric("fine_tune_accuracy", _TITLES["fine_tune_accuracy"], "%", 1),
         ShownMetric("win_rate", _TITLES["win_rate"], "%", 1),
         ShownMetric("over_refusal", _TITLES["over_refusal"], "%", -1, judged=True),
+        ShownMetric("perplexity_drift", _TITLES["perplexity_drift"], "%", -1, (-100.0, inf)),
         ShownMetric("ranking_auc", "AUC of the ranking", "%", 1, compared=False),
         ShownMetric("selected_good", "Rows worth keeping among the selected", "%", 1, compared=False),
         ShownMetric("alignment_seconds", "Alignment time", "s", -1, _SECONDS),

@@ -60,7 +60,9 @@ def test_what_cells_share_runs_once(stages: Stages, tmp_path: Path) -> None:
     assert stages.began() == {"rank": 2, "select": 2, "align": 4, "attack": 4, "evaluate": 12}
     assert len(found.ran) == 24
     table = pd.read_parquet(tmp_path / "bench" / "results.parquet")
-    assert list(table.columns) == list(Result.__dataclass_fields__)
+    *own, further = Result.__dataclass_fields__
+    assert further == "further" and list(table.columns) == [*own, "lm_eval_arc_easy", "lm_eval_arc_easy_before"]
+    assert table["lm_eval_arc_easy"].tolist() == table["harmful_score"].tolist(), "as the fakes make them up"
     assert table["win_rate"].notna().all() and table["win_rate_before"].notna().all(), "of tasks that are graded by it"
     assert table[list(AXES)].drop_duplicates().shape[0] == len(table) == 4
     assert table["selector"].tolist() == ["full", "full", "random", "random"]

@@ -3,7 +3,8 @@
 A cell is one choice on every axis of the grid. Only cells whose stages are all finished have a row, so an unfinished
 run leaves a shorter table; ``manifest.json`` beside it says which stages failed. Where an endpoint has failed to give
 some replies, the rates cover the rest. Rates are percentages, times seconds
-summed over resumes, and what was not measured is null. The columns are the fields of `Result`, in their order.
+summed over resumes, and what was not measured is null. The columns are the fields of `Result`, in their order, and
+`Result.further`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +24,6 @@ from pharmacist.pipeline.bench.grid import Cell, Plan
 from pharmacist.pipeline.bench.stages import is_current
 from pharmacist.pipeline.choosing import chosen_rows
 from pharmacist.pipeline.pages import write_table
-
-
-_BEFORE_AND_AFTER = ("harmful_score", "hs_plus", "loss_margin", "fine_tune_accuracy", "win_rate", "over_refusal")
-"""Metrics of evaluate that a row holds of the aligned model and at the end."""
 
 
 @dataclass(kw_only=True)
@@ -79,13 +76,18 @@ class Result:
     alignment_peak_memory: float | None = None
     device: str = ""
     folder: str = ""
+    further: dict[str, float | None] = field(default_factory=dict)
+    """Each other metric of ``metrics.json`` at the end, and with ``_before`` of the aligned model: columns of their
+    names."""
 
 
 def write_results(path: Path, rows: Sequence[Result]) -> None:
     """Writes ``results.parquet``, whole or not at all; columns and types are those of `Result` even without rows."""
     kinds: dict[Any, Any] = {str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64()}
     kinds |= {list[int]: pa.list_(pa.int64()), list[float]: pa.list_(pa.float64())}
-    write_table(path, [asdict(row) for row in rows], {item.name: kinds[item.type] for item in fields(Result)})
+    columns = {item.name: kinds[item.type] for item in fields(Result) if item.name != "further"}
+    columns |= {name: pa.float64() for row in rows for name in row.further}
+    write_table(path, [asdict(row) | row.further for row in rows], columns)
 
 
 def write_verdicts(path: Path, rows: Sequence[Result], plan: Plan) -> None:
@@ -132,14 +134,16 @@ def _row(cell: Cell, found: Mapping[str, RunManifest], plan: Plan) -> Result:
     scores, margins = (_curve([curve[step] for step in steps], name) for name in ("harmful_score", "loss_margin"))
     if not scores:
         steps, margins = [], []
-    metrics: dict[str, Any] = {name: _value(after, name) for name in _BEFORE_AND_AFTER}
-    metrics |= {f"{name}_before": _value(before, name) for name in _BEFORE_AND_AFTER}
+    measured: dict[str, Any] = {name: _value(after, name) for name in after}
+    measured |= {f"{name}_before": _value(before, name) for name in before}
+    own = {item.name: measured.pop(item.name) for item in fields(Result) if item.name in measured}
     selecting = [by_role[role] for role in ("ask", "label", "rank", "select") if role in by_role]
     return Result(
         cell=cell.name,
         **cell.axes,
         seed=cell.seed,
-        **metrics,
+        **own,
+        further=measured,
         harmful_score_over_attack=curve_area(steps, scores) if scores else None,
         attack_steps=steps,
         harmful_scores=scores,
