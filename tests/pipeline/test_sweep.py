@@ -201,17 +201,20 @@ def test_curves_may_be_left_out_later_but_not_asked_for_later(
 
 def test_a_file_that_changed_is_measured_again(files: dict[str, str], tmp_path: Path, made_up: list[str]) -> None:
     margin, judge = tmp_path / "margin.jsonl", save_tiny_model(tmp_path / "judge") / "config.json"
+    base = save_tiny_model(tmp_path / "base") / "config.json"
     config = judge.read_text()
     own: dict[str, Any] = {"prompts": files["prompts"], "task": files["test"], "margin": str(margin)}
     own["judge"] = {"name": "guard", "model": str(judge.parent), "family": "wildguard"}
-    asked = []
-    for texts in (("{}", config), ("{}", config), ("[]", config), ("[]", f"{config}\n")):
-        for file, text in zip((margin, judge), texts, strict=True):
+    own |= {"perplexity": files["prompts"], "base": str(base.parent)}
+    asked, other = [], f"{config}\n"
+    versions = [("{}", config, config), ("{}", config, config), ("[]", config, config), ("[]", other, config)]
+    for texts in [*versions, ("[]", other, other)]:
+        for file, text in zip((margin, judge, base), texts, strict=True):
             file.write_text(text)
         made_up.clear()
         sweep(options(files, tmp_path / "out", RATES, evaluate=own))
         asked.append(bool(made_up))
-    assert asked == [True, False, True, True]
+    assert asked == [True, False, True, True, True]
 
 
 def test_a_sweep_with_failed_verdicts_is_partial_and_asks_again(

@@ -192,6 +192,7 @@ def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
     inputs = EvaluateInputs(options, within="evaluate.")
     files = {name: source.fingerprint() for name, source in inputs.sources.items()}
     files |= verdict_files(inputs.judges, inputs.grader)
+    files |= {} if options.base is None else {"base": model_fingerprint(options.base)}
     return {f"evaluate.{name}": content for name, content in files.items()}
 
 

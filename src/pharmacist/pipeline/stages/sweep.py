@@ -86,7 +86,7 @@ SWEEP = Stage(
     version=1,
     unidentifying=frozenset({"executor"}),
     final=frozenset({"grid", "accuracy_margin", "curves", "evaluate"}),
-    final_inputs=frozenset(f"evaluate.{name}" for name in {*EVALUATE.files, *EVALUATE.final_inputs}),
+    final_inputs=frozenset(f"evaluate.{name}" for name in {*EVALUATE.files, *EVALUATE.final_inputs, "base"}),
     reopens=True,
     read_again=("sweep.json",),
 )
