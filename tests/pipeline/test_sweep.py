@@ -96,6 +96,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert own.task is None and own.prompts
             return wrote(own, "evaluate", {"harmful_score": rates(CURVE[int(place.name[5:])])})
         metrics = {"harmful_score": rates(harmful) | {"judge": "made up"}, "fine_tune_accuracy": rates(right)}
+        metrics["lm_eval_arc"] = {"value": right / 2, "n": None, "ci95": None}
         return wrote(own, "evaluate", metrics)
 
     monkeypatch.setattr("pharmacist.pipeline.attack.attack", attack)
@@ -139,6 +140,7 @@ def test_what_was_found_is_written_in_every_form(files: dict[str, str], tmp_path
     assert table["name"].tolist() == [entry["name"] for entry in result.summary["attacks"]]
     assert table.loc[table["worst"], "learning_rate"].tolist() == [0.01]
     assert table["harmful_score"].tolist() == [95, 60, 30, 5] and table["harmful_score_low"].is_monotonic_decreasing
+    assert table["lm_eval_arc"].tolist() == [20, 44, 45, 44.5] and table["over_refusal"].isna().all()
     text = (out / "sweep.md").read_text()
     assert "| 0.01 | 60.0 [50.2, 69.1] | 88.0 [80.2, 93.0] | worst case |" in text
     assert "75 % not reached in 4 steps" in text and "25 % between steps 1 and 2" in text

@@ -30,12 +30,11 @@ from pharmacist.data.tasks import TASKS
 from pharmacist.defenses import DEFENSES
 from pharmacist.evaluation.prompts import PROMPT_SETS
 from pharmacist.evaluation.worst_case import LEVELS, simultaneous, steps_to_reach, within_margin, worst_case
-from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.attack import attack, open_sources
 from pharmacist.pipeline.bench.command import run_stages
 from pharmacist.pipeline.bench.executors import EXECUTORS
 from pharmacist.pipeline.bench.stages import Draft, StageRun, make_stage, stage_warnings
-from pharmacist.pipeline.evaluate.reading import EvaluateInputs, verdict_files
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs
 from pharmacist.pipeline.pages import sweep_page, write_table
 from pharmacist.pipeline.stages.attack import AttackOptions
 from pharmacist.pipeline.stages.evaluate import NOT_ALONG_ATTACKS, EvaluateOptions
@@ -44,7 +43,8 @@ from pharmacist.report.sweep import attack_table, markdown, sentences
 from pharmacist.training.strategy import GradientStrategy
 
 
-RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
+_RATES = ("harmful_score", "fine_tune_accuracy", "over_refusal")
+"""Metrics that have columns in ``sweep.parquet`` also where they were not measured."""
 _SHARED = ("seed", "device", "dtype", "quiet", "trust_remote_code", "template")
 """Options of the attacks that the evaluations have too."""
 _SHOWN = 20
@@ -95,7 +95,8 @@ def sweep(options: SweepOptions) -> SweepResult:
     options = replace(options, disjoint_from=list(dict.fromkeys([*options.disjoint_from, *files])))
     points = [_with_snapshots_there(point, options) for point in _points(options, strategy, kind)]
     inputs = {name: source.fingerprint() for name, source in open_sources(strategy, kind, options).items()}
-    inputs |= _evaluation_inputs(measuring) | {"model": model_fingerprint(options.model)}
+    measured = EvaluateInputs(measuring, within="evaluate.").fingerprints()
+    inputs |= {"model": measured.pop("model")} | {f"evaluate.{name}": content for name, content in measured.items()}
     with SWEEP.open(options, inputs=inputs, methods={"defense": strategy, "kind": kind}) as run:
         if run.complete:
             result = SweepResult(read_json(run.path("sweep.json")), run.root)
@@ -187,15 +188,6 @@ def _evaluate_options(options: SweepOptions, model: str, folder: Path, *, curve:
     return from_mapping(EvaluateOptions, values, where="--evaluate")
 
 
-def _evaluation_inputs(options: EvaluateOptions) -> dict[str, str]:
-    """Fingerprints of the files that the evaluations and their judges read."""
-    inputs = EvaluateInputs(options, within="evaluate.")
-    files = {name: source.fingerprint() for name, source in inputs.sources.items()}
-    files |= verdict_files(inputs.judges, inputs.grader)
-    files |= {} if options.base is None else {"base": model_fingerprint(options.base)}
-    return {f"evaluate.{name}": content for name, content in files.items()}
-
-
 @dataclass
 class _Sweep:
     """A sweep while it runs: a graph of attacks and evaluations, each in a folder with a readable name."""
@@ -247,9 +239,7 @@ def _sweep(points: Sequence[_Point], options: SweepOptions, run: RunDir) -> Swee
         if attacked.name in diverged:
             entry["failed"] = diverged[attacked.name]
         else:
-            metrics = _metrics(ends[name])
-            entry["steps"] = _metrics(attacked)["steps"]
-            entry |= {rate: metrics[rate] for rate in RATES if rate in metrics} | {"evaluate": f"evaluate/{name}/end"}
+            entry |= {"steps": _metrics(attacked)["steps"], **_metrics(ends[name]), "evaluate": f"evaluate/{name}/end"}
         entries.append(entry)
     summary = summarise(entries, _metrics(before), options.accuracy_margin)
     with run.phase("curves"):
@@ -333,7 +323,7 @@ def summarise(attacks: list[dict[str, Any]], before: Mapping[str, Any], margin: 
         "worst": None if position is None else attacks[position]["name"],
         "worst_ci95_of_all": interval,
         "highest_of_all": max((value for value in harmful if value is not None), default=None),
-        "before": {name: before[name] for name in RATES if name in before},
+        "before": dict(before),
         "attacks": attacks,
     }
 
@@ -342,14 +332,15 @@ def _write_table(path: Path, summary: Mapping[str, Any]) -> None:
     """Writes ``sweep.parquet``."""
     kinds = dict.fromkeys(("learning_rate", "epochs", "poison_ratio"), pa.float64())
     columns: dict[str, Any] = {"name": pa.string(), **kinds, "rank": pa.int64(), "steps": pa.int64()}
-    for name in RATES:
+    metrics = dict.fromkeys([*_RATES, *summary["before"]])
+    for name in metrics:
         columns |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), pa.float64()) | {f"{name}_n": pa.int64()}
     columns |= {"within_margin": pa.bool_(), "worst": pa.bool_()}
     columns |= dict.fromkeys(("failed", "attack", "evaluate"), pa.string())
     rows = []
     for entry in summary["attacks"]:
         row = entry | entry["settings"] | {"worst": entry["name"] == summary["worst"]}
-        for name in RATES:
+        for name in metrics:
             metric = entry.get(name) or {}
             low, high = metric.get("ci95") or (None, None)
             row |= {name: metric.get("value"), f"{name}_low": low, f"{name}_high": high, f"{name}_n": metric.get("n")}

@@ -54,7 +54,7 @@ SHOWN_METRICS = {
     metric.name: metric
     for metric in (
         ShownMetric("harmful_score", _TITLES["harmful_score"], "%", -1, judged=True),
-        ShownMetric("harmful_score_second", _TITLES["harmful_score_second"], "%", -1),
+        ShownMetric("harmful_score_second", _TITLES["harmful_score_second"], "%", -1, judged=True),
         ShownMetric("harmful_score_over_attack", f"{_TITLES['harmful_score']} over the attack", "%", -1, judged=True),
         ShownMetric("loss_margin", _TITLES["loss_margin"], "nats", 1, _ANY, digits=3),
         ShownMetric("loss_margin_over_attack", f"{_TITLES['loss_margin']} over the attack", "nats", 1, _ANY, digits=3),
