@@ -8,6 +8,8 @@ import dataclasses
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,32 +86,11 @@ def log(event: str, kind: str, folder: Path) -> None:
             file.write(f"{event} {kind} {folder.name}\n")
 
 
-def rank(options: Any) -> None:
-    run_fake("rank", options)
-
-
-def label(options: Any) -> None:
-    run_fake("label", options)
-
-
-def select(options: Any) -> None:
-    run_fake("select", options)
-
-
-def align(options: Any) -> None:
-    run_fake("align", options)
-
-
-def attack(options: Any) -> None:
-    run_fake("attack", options)
-
-
-def repair(options: Any) -> None:
-    run_fake("repair", options)
-
-
-def evaluate(options: Any) -> None:
-    run_fake("evaluate", options)
+def __getattr__(kind: str) -> Callable[[Any], None]:
+    """The fake of a kind of stages, as a function of this module by which a stage names it."""
+    if kind not in KINDS:
+        raise AttributeError(kind)
+    return partial(run_fake, kind)
 
 
 class Stages:
