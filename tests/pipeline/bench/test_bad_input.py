@@ -94,6 +94,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
             "attack 'harmful': poison_ratio: the kind harmful has a fixed ratio, 1; leave it out",
         ),
         ({"post_alignment_defenses": ["antidote"]}, "'antidote' needs harmful rows: give 'harmful' under repair"),
+        ({"judges": ["strongreject"]}, "--judge strongreject: give the endpoint's address"),
         ({"judges": ["probe"]}, "judge 'probe' needs harmful references: give it a 'harmful'"),
         (WITHOUT_PROMPTS, "'prompts' must name the harmful prompts"),
         ({"evaluate": {"prompts": "world:promts"}}, "no set 'promts'; did you mean 'prompts'?"),

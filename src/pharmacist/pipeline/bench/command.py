@@ -16,18 +16,21 @@ from pharmacist.core.manifest import RunManifest, read_manifest
 from pharmacist.core.progress import bar, print_table, say, warn
 from pharmacist.core.rundir import RunDir, check_usable
 from pharmacist.nn.distributed import from_main
-from pharmacist.pipeline.bench.executors import EXECUTORS, Executor
+from pharmacist.pipeline.bench.executors import EXECUTORS, Executor, Local
 from pharmacist.pipeline.bench.grid import Plan, expand
 from pharmacist.pipeline.bench.options import BENCH, BenchOptions
 from pharmacist.pipeline.bench.overlap import shared_prompts
 from pharmacist.pipeline.bench.results import Result, collect, write_results, write_verdicts
 from pharmacist.pipeline.bench.stages import Outcome, StageRun, is_finished, stage_warnings
+from pharmacist.pipeline.evaluate.reading import check_methods
 from pharmacist.pipeline.pages import bench_page
 
 
 _TRAINING = ("align", "attack")
 _OF_ANSWERS = frozenset({"load model", "generate", "perplexity", "margin", "lm-eval"})
 """Phases of an evaluation whose results that of another judge on the same answers reuses."""
+_METHODS = ("engine", "judge", "second_judge", "task_type", "lm_eval")
+"""Options of an evaluation that name methods."""
 _PAGES = ("report.html", "tables.md", "tables.tex")
 
 
@@ -62,6 +65,10 @@ def bench(options: BenchOptions) -> BenchResult:
         _warn(plan)
         _show_costs(plan, plan.waiting(options.only, again=options.overwrite))
         return BenchResult([], [], root)
+    if isinstance(executor, Local):  # other machines may have what this one lacks
+        evaluations = [stage.options for stage in waiting if stage.kind == "evaluate"]
+        for own in {repr([getattr(one, name) for name in _METHODS]): one for one in evaluations}.values():
+            check_methods(own)
     if waiting and process_index() == 0:
         _mark_unfinished(root)
     with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages)), **plan.data.labels}) as run:

@@ -58,6 +58,20 @@ def verdict_files(judges: Mapping[str, Judge], grader: Grader | None) -> dict[st
     return {name: content for name, content in files.items() if content is not None}
 
 
+def check_methods(options: EvaluateOptions) -> None:
+    """Checks what the methods of an evaluation need besides rows: packages, models, addresses.
+
+    Raises:
+        PharmacistError: Something is missing.
+    """
+    ENGINES.build_from(options.engine).check()
+    for decider in (*judges_of(options).values(), grader_of(options)):
+        if decider is not None:
+            decider.check()
+    if options.lm_eval is not None:
+        check_lm_eval(options.lm_eval)
+
+
 class EvaluateInputs:
     """What the options name, built and checked before any row is read.
 
