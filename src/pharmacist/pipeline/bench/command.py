@@ -24,12 +24,13 @@ from pharmacist.pipeline.bench.results import Result, collect, write_results, wr
 from pharmacist.pipeline.bench.stages import Outcome, StageRun, is_finished, stage_warnings
 from pharmacist.pipeline.evaluate.reading import check_methods
 from pharmacist.pipeline.pages import bench_page
+from pharmacist.pipeline.stages.evaluate import GENERAL
 
 
 _TRAINING = ("align", "attack")
 _OF_ANSWERS = frozenset({"load model", "generate", "perplexity", "margin", "lm-eval"})
 """Phases of an evaluation whose results that of another judge on the same answers reuses."""
-_METHODS = ("engine", "judge", "second_judge", "task_type", "lm_eval")
+_METHODS = ("engine", "judge", "second_judge", "task_type", *GENERAL)
 """Options of an evaluation that name methods."""
 _PAGES = ("report.html", "tables.md", "tables.tex")
 

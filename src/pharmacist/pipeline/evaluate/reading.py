@@ -59,17 +59,26 @@ def verdict_files(judges: Mapping[str, Judge], grader: Grader | None) -> dict[st
 
 
 def check_methods(options: EvaluateOptions) -> None:
-    """Checks what the methods of an evaluation need besides rows: packages, models, addresses.
+    """Checks what the methods of an evaluation of a model need besides rows: packages, models, addresses.
 
     Raises:
         PharmacistError: Something is missing.
     """
-    ENGINES.build_from(options.engine).check()
+    _check_engine(ENGINES.build_from(options.engine), options)
     for decider in (*judges_of(options).values(), grader_of(options)):
         if decider is not None:
             decider.check()
-    if options.lm_eval is not None:
-        check_lm_eval(options.lm_eval)
+
+
+def _check_engine(engine: Engine, options: EvaluateOptions) -> None:
+    engine.check()
+    if any(getattr(options, name) is not None for name in GENERAL):
+        if not isinstance(engine, TransformersEngine):
+            engine.local()  # says why not
+        if options.lm_eval is not None:
+            check_lm_eval(options.lm_eval)
+            if world_size() > 1:
+                raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
 
 
 class EvaluateInputs:
@@ -87,18 +96,11 @@ class EvaluateInputs:
         self.options = options
         self.engine: Engine = ENGINES.build_from(options.engine)
         if options.answers is None:
-            self.engine.check()
+            _check_engine(self.engine, options)
         self.grader = grader_of(options)
         if self.grader is not None:
             self.grader.option = flag(within + "task_type")
             self.grader.check()
-        if any(getattr(options, name) is not None for name in GENERAL):
-            if not isinstance(self.engine, TransformersEngine):
-                self.engine.local()  # says why not
-            if options.lm_eval is not None:
-                check_lm_eval(options.lm_eval)
-                if world_size() > 1:
-                    raise ConfigError("--lm-eval: runs in one process; leave the launcher out")
         named = {name: getattr(options, name) for name in _OPENERS if getattr(options, name) is not None}
         self.sources = {name: _OPENERS[name](rows, name=flag(within + name)) for name, rows in named.items()}
         self.sources |= open_references(options, within)
