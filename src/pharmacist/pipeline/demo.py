@@ -13,12 +13,10 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from sklearn.metrics import roc_auc_score
 
 from pharmacist.core.config import from_mapping
 from pharmacist.core.env import process_index
 from pharmacist.core.files import read_json, write_json
-from pharmacist.core.manifest import read_manifest
 from pharmacist.core.progress import console, print_table, warn
 from pharmacist.evaluation.statistics import RATE, RATE_DIFFERENCE, t_interval, with_interval
 from pharmacist.nn.distributed import from_main
@@ -109,14 +107,13 @@ def _link(plan: Plan, root: Path, last: int) -> list[str]:
     return list(dict.fromkeys(link.partition("/")[0] for link in links))
 
 
-def _ranking_quality(options: DemoOptions, folder: Path) -> dict[str, Any]:
-    """How well a ranking finds the planted labels."""
+def _ranking_quality(options: DemoOptions, folder: Path, auc: float | None) -> dict[str, Any]:
+    """How well a ranking finds the planted labels; `auc` is in percent."""
     table = pd.read_parquet(folder / "scores.parquet")
-    rows, table["label"] = planted_pool(vars(options))
-    keep = [row.worth_keeping(options.pool) for row in rows]
+    _, table["label"] = planted_pool(vars(options))
     reasons = table.groupby(["label", "reason"]).size().reset_index(name="rows")
     return {
-        "auc": float(roc_auc_score(keep, table["score"])) if 0 < sum(keep) < len(keep) else None,
+        "auc": None if auc is None else auc / 100,
         "keep": "good and duplicate" if options.pool == "planted" else "strong",
         "selected": table.loc[table["selected"], "label"].value_counts().to_dict(),
         "reasons": reasons.to_dict("records"),
@@ -134,9 +131,7 @@ def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict
         return {arm: [getattr(row, column) for row in rows if row.selector == arm] for arm in ARMS}
 
     areas, seconds = by_arm("harmful_score_over_attack"), by_arm("alignment_seconds")
-    rank_folder = next(
-        plan.stages[cell.roles["rank"]].folder for cell in plan.cells if cell.axes["selector"] == "core"
-    )
+    ranking = next(plan.stages[cell.roles["rank"]] for cell in plan.cells if cell.axes["selector"] == "core")
     return {
         "pool": {"kind": options.pool, "rows": options.rows, "mislabel": options.mislabel},
         "arms": list(ARMS),
@@ -154,8 +149,8 @@ def _summarise(options: DemoOptions, plan: Plan, rows: Sequence[Result]) -> dict
         },
         "final_harmful_score": {arm: interval(values) for arm, values in by_arm("harmful_score").items()},
         "time_saved": {arm: 100 * (1 - fmean(seconds[arm]) / fmean(seconds["full"])) for arm in ("random", "core")},
-        "selection_seconds": sum(phase.seconds for phase in read_manifest(rank_folder).phases.values()),
-        "ranking": _ranking_quality(options, rank_folder),
+        "selection_seconds": by_arm("selection_seconds")["core"][0],
+        "ranking": _ranking_quality(options, ranking.folder, by_arm("ranking_auc")["core"][0]),
     }
 
 
