@@ -44,6 +44,12 @@ def test_a_benchmark_tells_the_setting_and_the_judge() -> None:
     assert found.startswith("task two · judge *weak*: The alignment has had little effect")
     assert "full with sft (30 %)" in found
     assert "task two · judge \\*weak\\*: The alignment" in to_markdown(Benchmark(pd.concat([table, weak])))
+    weak = weak.assign(task="t", judge="j")
+    more = [weak.assign(attack=name) for name in ("mix", "harmful")]
+    (found,) = Benchmark(pd.concat(more)).cautions
+    assert found.startswith("The alignment has had little effect"), "whatever the attack"
+    (found,) = Benchmark(pd.concat([*more, table.assign(attack="benign")])).cautions
+    assert found.startswith("attack harmful; attack mix: The alignment")
 
 
 def test_without_snapshots_the_scores_before_and_after_count() -> None:

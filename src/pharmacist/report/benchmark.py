@@ -148,19 +148,19 @@ class Benchmark:
 
     @cached_property
     def cautions(self) -> list[str]:
-        """Sentences about settings, and judges, by which comparisons say little."""
+        """Sentences about settings, and judges, by which comparisons say little; they name these unless all are meant."""
         if "harmful_scores" not in self.results:
             return []
-        found = []
-        for setting, judge in itertools.product(self.settings, self.order["judge"]):
+        views, found = list(itertools.product(self.settings, self.order["judge"])), dict[str, list[str]]()
+        for setting, judge in views:
             curves = {}
             for line in [line for line in self.lines if line.setting == setting]:
                 name = self.name(line.series) + (f" with {line.axes['defense']}" if "defense" in self.several else "")
                 runs = line.runs[line.runs["judge"] == judge].to_dict("records")
                 curves[name] = [scores for run in runs if (scores := _along_attack(run))]
-            where = plain(self.view_name(setting, judge))
-            found += [f"{where}: {text}" if where else text for text in cautions(curves)]
-        return found
+            for text in cautions(curves):
+                found.setdefault(text, []).append(plain(self.view_name(setting, judge)))
+        return [text if len(of) == len(views) else f"{'; '.join(of)}: {text}" for text, of in found.items()]
 
     def name(self, series: tuple[str, float]) -> str:
         """Name of a series in tables, with the fraction where a selector has several."""
