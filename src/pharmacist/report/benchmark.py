@@ -148,7 +148,7 @@ class Benchmark:
 
     @cached_property
     def cautions(self) -> list[str]:
-        """Sentences about settings, and judges, by which comparisons say little; they name these unless all are meant."""
+        """Sentences about settings and judges by which comparisons say little; those that hold for all name none."""
         if "harmful_scores" not in self.results:
             return []
         views, found = list(itertools.product(self.settings, self.order["judge"])), dict[str, list[str]]()
