@@ -60,17 +60,18 @@ def bench(options: BenchOptions) -> BenchResult:
     """
     root = Path(options.output_dir).resolve()
     executor, plan = EXECUTORS.build_from(options.executor), expand(options, root)
-    waiting = plan.waiting(options.only)  # refuses results of a newer version before the folder is touched
+    # Refuses results of a newer version before the folder is touched.
+    waiting = plan.waiting(options.only, again=options.overwrite)
     if options.dry_run:
         check_usable(root, options)
         _warn(plan)
-        _show_costs(plan, plan.waiting(options.only, again=options.overwrite))
+        _show_costs(plan, waiting)
         return BenchResult([], [], root)
     if isinstance(executor, Local):  # other machines may have what this one lacks
         evaluations = [stage.options for stage in waiting if stage.kind == "evaluate"]
         for own in {repr([getattr(one, name) for name in _METHODS]): one for one in evaluations}.values():
             check_methods(own)
-    if waiting and process_index() == 0:
+    if waiting and not options.overwrite and process_index() == 0:
         _mark_unfinished(root)
     with BENCH.open(options, inputs={"stages": sha256_json(sorted(plan.stages)), **plan.data.labels}) as run:
         # Under a launcher the first process decides; the others take part in the stages.
