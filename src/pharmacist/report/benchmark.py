@@ -87,7 +87,7 @@ class Benchmark:
         baseline: Selector that the others are compared with, at the same fraction where it has several.
 
     Raises:
-        DataError: There is no row, two rows are of one cell and seed, or a metric is no number.
+        DataError: There is no row, or two rows are of one cell and seed.
     """
 
     def __init__(
@@ -98,10 +98,6 @@ class Benchmark:
         if (twice := results.duplicated([*AXES, "seed"])).any():
             cell = " / ".join(str(results[twice].iloc[0][axis]) for axis in (*AXES, "seed"))
             raise DataError(f"results.parquet: two rows for {cell}; run the benchmark again")
-        for name in (name for name in SHOWN_METRICS if name in results):
-            numbers = pd.to_numeric(results[name], errors="coerce")
-            if (results[name].notna() & ~np.isfinite(numbers)).any():
-                raise DataError(f"results.parquet: {name} holds something else than numbers; run the benchmark again")
         results = results.reset_index(drop=True)
         self.baseline, self.baseline_title = baseline, "the full pool" if baseline == BASELINE else baseline
         self.order = {axis: _names(results[axis], (order or {}).get(axis, ())) for axis in AXES}

@@ -118,9 +118,6 @@ def _ranking(
     categories: Sequence[Sequence[str]] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The ranking's part of a page: numbers for the template, and data (``figures`` and ``rows``) for the scripts."""
-    for name, values in {"texts": texts, "labels": labels, "categories": categories}.items():
-        if values is not None and len(values) != len(scores):
-            raise ValueError(f"{len(scores)} scores, but {len(values)} {name}")
     report, selected, cut = manifest["extra"].get("selector_report", {}), scores["selected"], tables.cut(scores)
     questions = report.get("questions") or {}
     reasons = tables.composition(scores["reason"], selected, words.REASONS)

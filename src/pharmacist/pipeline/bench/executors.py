@@ -103,7 +103,7 @@ class Ray(Executor):
         local: dict[str, Any] = {} if self.config.address else {"include_dashboard": False}
         try:
             ray.init(address=self.config.address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise CompatibilityError(
                 f"--executor.address {self.config.address}: no Ray cluster found ({one_line(error)})"
             ) from error
