@@ -88,7 +88,6 @@ def sweep(options: SweepOptions) -> SweepResult:
             "--evaluate.task_type win-rate: gives no fine-tune accuracy, without which there is no worst case; leave "
             "it out"
         )
-    check_outside(Path(options.output_dir), options)
     check_outside(Path(options.output_dir), measuring, within="evaluate.")
     # No attack set may share a prompt with the evaluation.
     files = [file for file in (measuring.prompts, measuring.task) if file is not None and not _is_public(file)]
@@ -147,7 +146,7 @@ def _points(options: SweepOptions, strategy: GradientStrategy, kind: Attack) -> 
         length = f"steps-{train['max_steps']}" if by_steps else f"epochs-{settings['epochs']:.15g}"
         name = f"lr-{settings['learning_rate']:.15g}_{length}_poison-{settings['poison_ratio']:.15g}"
         attacking = {item.name: getattr(options, item.name) for item in fields(AttackOptions)}
-        attacking |= {"poison_ratio": settings["poison_ratio"], "overwrite": False, "build_only": False}
+        attacking |= {"poison_ratio": settings["poison_ratio"], "overwrite": False}
         attacking["train"] = options.train | {"learning_rate": settings["learning_rate"]}
         if not by_steps:
             attacking["train"]["num_train_epochs"] = settings["epochs"]
