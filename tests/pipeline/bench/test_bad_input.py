@@ -95,6 +95,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ),
         ({"post_alignment_defenses": ["antidote"]}, "'antidote' needs harmful rows: give 'harmful' under repair"),
         ({"judges": ["strongreject"]}, "--judge strongreject: give the endpoint's address"),
+        ({"evaluate": SMALL["evaluate"] | {"lm_eval": "no-such-task"}}, "--lm-eval"),
         ({"judges": ["probe"]}, "judge 'probe' needs harmful references: give it a 'harmful'"),
         (WITHOUT_PROMPTS, "'prompts' must name the harmful prompts"),
         ({"evaluate": {"prompts": "world:promts"}}, "no set 'promts'; did you mean 'prompts'?"),
