@@ -88,6 +88,7 @@ def sweep(options: SweepOptions) -> SweepResult:
             "--evaluate.task_type win-rate: gives no fine-tune accuracy, without which there is no worst case; leave "
             "it out"
         )
+    check_outside(Path(options.output_dir), options)  # before the same of the evaluations, which share options
     check_outside(Path(options.output_dir), measuring, within="evaluate.")
     # No attack set may share a prompt with the evaluation.
     files = [file for file in (measuring.prompts, measuring.task) if file is not None and not _is_public(file)]
