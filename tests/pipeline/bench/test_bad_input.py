@@ -87,7 +87,7 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
         ({"align": {"max_length": 64}}, "align: 'max_length' is decided by the entries of models; give it there"),
         ({"attack": {}}, "attack 'mix' needs harmful rows: give 'harmful' under attack"),
         ({"tasks": [{"name": "nothing"}]}, "give task 'nothing' a 'train'"),
-        ({"attacks": [{"kind": "mix", "poison_ratio": [0.1, 0.1]}]}, "needs values that differ"),
+        ({"attacks": [{"kind": "mix", "poison_ratio": [0.1, 0.1]}]}, "needs values, which differ"),
         ({"attacks": [{"kind": "mix", "poison_ratio": 7}]}, "must lie in [0, 1]"),
         (
             {"attacks": [{"kind": "harmful", "poison_ratio": [0.1, 0.2]}]},
@@ -125,7 +125,8 @@ def own(axis: str, key: str, value: str, **options: Any) -> dict[str, Any]:
             {"selectors": [{"selector": "random", "fractions": [1.5]}]},
             "selectors, entry 1: --fractions [1.5]: must lie in (0, 1]",
         ),
-        ({"seeds": [1, 1]}, "1 is given twice"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: needs values, which differ"),
+        ({"seeds": []}, "seeds []: needs values, which differ"),
         ({"models": []}, "models: must name at least one"),
         ({"executor": "rai"}, "unknown executor 'rai'; did you mean 'ray'?"),
         ({"only": "nobody"}, "--only 'nobody': matches no cell"),

@@ -167,7 +167,7 @@ def expand(grid: BenchOptions, root: Path) -> Plan:
     Raises:
         PharmacistError: The grid has an error.
     """
-    _check_any("seeds", grid.seeds)
+    _check_differ("seeds", grid.seeds)
     graph, axes, cells = _Graph(grid, root), _axes(grid), []
     for seed, *entries in itertools.product(grid.seeds, *axes.values()):
         chosen = _Choice(**dict(zip(axes, entries, strict=True)), seed=seed)
@@ -282,7 +282,7 @@ def _stem(path: str) -> str:
 
 def _check_differ(where: str, values: Sequence[Any]) -> None:
     if not values or len(set(values)) < len(values):
-        raise ConfigError(f"{where} {values}: needs values that differ")
+        raise ConfigError(f"{where} {values}: needs values, which differ")
 
 
 def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:

@@ -207,8 +207,6 @@ class BenchOptions(RunOptions):
             if self.seeds not in ([0], [self.seed]):
                 raise ConfigError(f"--seed {self.seed}: the grid names its seeds; change 'seeds' there")
             self.seeds = [self.seed]
-        if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
-            raise ConfigError(f"seeds: {repeated[0]} is given twice; leave one out")
 
 
 BENCH = Stage(
