@@ -282,7 +282,7 @@ def _stem(path: str) -> str:
 
 def _check_differ(where: str, values: Sequence[Any]) -> None:
     if not values or len(set(values)) < len(values):
-        raise ConfigError(f"{where} {values}: needs values, which differ")
+        raise ConfigError(f"{where} {values}: needs one or more values, all different")
 
 
 def _fractions(selector: SelectorEntry, grid: BenchOptions) -> list[float]:
