@@ -66,8 +66,8 @@ _EXPLAINED = {
     "weights": "Weights of the rows' losses: a number for each row, the ranking that `data` was selected from, or the "
     "path of its scores.parquet. Only relative weights matter: the mean over the training rows is set to 1.",
     "columns": 'Other column names, ``{"prompt": "question"}``.',
-    "where": 'Only use rows with these values, ``["label=true", "kind=advice"]``, in each set that has the column, or in '
-    'one set, ``["harmful:is_safe=false"]``.',
+    "where": 'Only use rows with these values, ``["label=true", "kind=advice"]``, in each set that has the column, or '
+    'in one set, ``["harmful:is_safe=false"]``.',
     "args": "transformers' TrainingArguments, without output folder, checkpoints, seeds, device and dtype; by default "
     "the protocol of the alignment-stage papers.",
     "peft_config": "PEFT configuration of the adapter; by default rank 8 on all linear layers.",
