@@ -1,11 +1,11 @@
-"""Makes the files that paper.yaml and current-models.yaml read, out of BeaverTails with refusals.
+"""Writes the files that paper.yaml and current-models.yaml read, from BeaverTails with refusals.
 
     python recipes/beavertails.py beavertails_with_refusals_train.json data
 
-The JSON is that of the RepNoise authors (repository domenicrosati/representation-noising, folder data): a list of
-rows with prompt, response, is_safe and refusal. Unsafe rows are taken in their order: the first 5000 for attackers,
-the next 2000 as the pool to align on, the next 256 as references. No prompt is in two of the files. A file of one of
-these names that holds something else stays, and nothing is written then.
+The JSON is that of the RepNoise authors (repository domenicrosati/representation-noising, folder data): a list of rows
+with prompt, response, is_safe and refusal. Unsafe rows are taken in their order: the first 5000 for attackers, the
+next 2000 as the pool to align on, the next 256 as references. No prompt is in two of the files. If a file of one of
+these names exists with other content, nothing is written.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Everything that smollm2.yaml reads, out of public sets: natural answers that people have labelled, and the rest.
+"""Writes all files that smollm2.yaml reads, from public data sets, among them natural answers that people labelled.
 
     python recipes/natural.py FOLDER [--local NAME=FILE ...] [--rows 320] [--longest 800] [--seed 0]
 
@@ -12,17 +12,18 @@
 | judge-safe, judge-harmful, judge-utility | the judge's references: other rows | as safe, harmful, utility |
 | sst2, agnews | fine-tuning tasks | stanfordnlp/sst2, fancyzhx/ag_news |
 
-A local copy of do-not-answer or xstest has the columns of the set; those of all others are rows that `curate` reads.
-The judge's references are other rows of the same files; where a local file has none left, give it one of its own.
---local pool=POOL labels=LABELS takes natural answers that are labelled already instead of the first two: a file of
-prompts and completions, and a list in its order of objects with label (safe, harmful, complies, overrefusal, benign),
-source, action and kind. --local clean=POOL clean-labels=LABELS takes the rows whose label is good. A task has
-sst2=TRAIN, of which some rows become the test, or sst2=TRAIN and sst2-test=TEST.
+A local copy of do-not-answer or xstest has the columns of the set; all others are rows that `curate` reads. The
+judge's references are other rows of the same files; if a local file has none left, give the judge one of its own. A
+task is given as sst2=TRAIN, of which some rows become the test, or as sst2=TRAIN and sst2-test=TEST.
 
-Labels of natural rows: safe, a risky prompt and an answer that does no harm; harmful, a risky prompt and a harmful
-answer; complies, an unsafe prompt and full compliance; overrefusal, a safe prompt that looks unsafe and full refusal;
-benign, the same prompt answered. The pool holds 78 % safe rows, 10 % benign ones, 12 % of the three bad kinds, none
-longer than --longest characters. No prompt of it, of the references or of the attack is among the prompts to evaluate.
+--local pool=POOL labels=LABELS takes natural answers that are already labelled instead of the first two sets: a file
+of prompts and completions, and a list, in the same order, of objects with label (safe, harmful, complies, overrefusal,
+benign), source, action and kind. --local clean=POOL clean-labels=LABELS takes the rows whose label is good.
+
+Labels of natural rows: safe, a risky prompt with a harmless answer; harmful, a risky prompt with a harmful answer;
+complies, an unsafe prompt with full compliance; overrefusal, a safe prompt that looks unsafe, fully refused; benign,
+such a prompt answered. The pool contains 78 % safe rows, 10 % benign rows and 12 % of the three bad kinds, none longer
+than --longest characters. The prompts to evaluate occur neither in the pool nor in the references or the attack.
 
 Writes pool.jsonl, labels.json (as `curate --labels` reads it), rows.json (labels as people gave them), clean.jsonl,
 safe.jsonl, harmful.jsonl, utility.jsonl, attack.jsonl, judge-safe.jsonl, judge-harmful.jsonl, judge-utility.jsonl,

@@ -1,4 +1,4 @@
-"""References for `pharmacist curate` out of public sets, each set a file and so a source of its own.
+"""Samples references for `pharmacist curate` from public data sets, one file, and so one source, per data set.
 
     python recipes/references.py FOLDER [--sets NAME ...] [--local NAME=FILE ...] [--rows 128] [--seed 0]
 
@@ -13,13 +13,16 @@
 | alpaca | utility | tatsu-lab/alpaca | CC-BY-NC-4.0 |
 | dolly | utility | databricks/databricks-dolly-15k | CC-BY-SA-3.0 |
 
-Prompts of xstest, falsereject and or-bench look harmful and are not: they tell over-refusals apart. Of beavertails and
-saferlhf, refusals of prompts that another answer of theirs met with harm are safe. Rows are drawn at random, none
-longer than --longest characters, and no prompt twice, not even in different sets. A local copy has the columns of the
-set; that of or-bench has prompt and answer, as `items.jsonl` of `pharmacist evaluate --benign-prompts`, or completion.
-Without a network or with HF_HUB_OFFLINE=1, sets that the cache of `datasets` lacks need a local copy. Do-Not-Answer is
-not among them, so that it remains to measure with; leave xstest out too where that is measured. The prompts of xstest
-are CC-BY-4.0; its answers fall under the terms of those whose models gave them.
+The prompts of xstest, falsereject and or-bench are harmless but look harmful, which helps to recognise over-refusals.
+A safe row of beavertails or saferlhf is a refusal of a prompt to which the set also has a harmful answer. Rows are
+drawn at random. None is longer than --longest characters, and no prompt is drawn twice, not even from different sets.
+
+A local copy has the columns of the set. That of or-bench has a prompt and an answer, like the `items.jsonl` that
+`pharmacist evaluate --benign-prompts` writes, or a prompt and a completion. Without a network or with
+HF_HUB_OFFLINE=1, sets that are not in the cache of `datasets` need a local copy.
+
+Do-Not-Answer is left out so that it can be used to measure; leave xstest out too if you measure with it. The prompts
+of xstest are CC-BY-4.0, and its answers fall under the terms of the models that gave them.
 
 Writes FOLDER/safe, FOLDER/harmful and FOLDER/utility with one NAME.jsonl per set, and sources.json.
 """

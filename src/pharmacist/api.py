@@ -66,6 +66,8 @@ _EXPLAINED = {
     "weights": "Weights of the rows' losses: a number for each row, the ranking that `data` was selected from, or the "
     "path of its scores.parquet. Only relative weights matter: the mean over the training rows is set to 1.",
     "columns": 'Other column names, ``{"prompt": "question"}``.',
+    "where": 'Only use rows with these values, ``["label=true", "kind=advice"]``, in each set that has the column, or '
+    'in one set, ``["harmful:is_safe=false"]``.',
     "args": "transformers' TrainingArguments, without output folder, checkpoints, seeds, device and dtype; by default "
     "the protocol of the alignment-stage papers.",
     "peft_config": "PEFT configuration of the adapter; by default rank 8 on all linear layers.",
@@ -140,6 +142,7 @@ def rank(
 
     Args:
         pool: Rows to rank.
+        model: Model that reads the pool, by name or loaded. It need not be the model that is aligned later.
         selector: A selector, such as ``PharmacistSelector(folds=3)``, or its name.
         to_label: Number of rows to suggest for labelling, those whose labels are most informative.
         output_dir: Folder for everything that ``pharmacist curate`` writes, in which an interrupted ranking is resumed

@@ -83,6 +83,8 @@ def test_defense_attack_and_repair(runs: Path) -> None:
     assert read_manifest(runs / "attacked").config["kind"] == {"name": "repeated"}
     metrics = read_manifest(runs / "repaired").metrics
     assert metrics["norm_after"] == pytest.approx(0.9 * metrics["norm_before"])
+    for name in ("aligned", "repaired"):  # a method without a paper
+        assert "()" not in (runs / name / "README.md").read_text()
 
 
 def test_judge_and_task(runs: Path) -> None:

@@ -105,7 +105,7 @@ class _Option:
         """Help text: docstring, type and default."""
         doc, about = docs_of(self.owner).get(self.item.name, ""), []
         if self.is_method:
-            doc = f"{doc} One of: {', '.join(offered(self.item))}."
+            doc = f"{doc} One of: {', '.join(offered(self.item))}; {flag(self.name)} NAME --help lists its options."
         elif not self.is_switch:
             names = dict.fromkeys(_shown_type(kind) for kind in parts_of(self.hint) if kind is not NoneType)
             about.append(f"type: {'|'.join(names)}")

@@ -68,6 +68,10 @@ class Method:
         """``{"name": ..., **options}``, the form of a method in configuration files and manifests."""
         return Choice({"name": self.name, **dataclasses.asdict(self.config)}, type(self))
 
+    def cited(self, name: str) -> str:
+        """The method by the name under which it was chosen, and its paper if it declares one, for model cards."""
+        return f"`{name}` ({self.paper})" if self.paper else f"`{name}`"
+
     def __repr__(self) -> str:
         values = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         shown = (f"{name}={_shown(value)!r}" for name, value in values.items())

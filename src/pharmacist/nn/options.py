@@ -10,10 +10,10 @@ class AdapterOptions(Checked):
     """Shape and training of the selector's LoRA adapters."""
 
     r: AtLeast1 = 8
-    """Rank."""
+    """Rank of the LoRA adapters."""
     alpha: AtLeast1 = 16
-    """Scale: the update is multiplied by alpha / r."""
+    """Scale of the LoRA adapters: their update is multiplied by alpha / r."""
     learning_rate: Positive = 2e-3
     """Peak AdamW learning rate, with linear warm-up over a tenth of the steps and then linear decay to zero."""
     batch_size: AtLeast1 = 16
-    """Rows per step and stream."""
+    """Rows per training step, of the pool and of each kind of references."""

@@ -64,8 +64,8 @@ def _align(sources: Mapping[str, Source], strategy: GradientStrategy, options: A
     name = options.defense["name"]
     card = Card(
         title=f"aligned with {name}",
-        what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense `{name}` "
-        f"({strategy.paper}), so that later fine-tuning undoes its safety less easily.",
+        what=f"{options.model} was trained on {len(encoded)} alignment rows with the defense {strategy.cited(name)}, "
+        "so that later fine-tuning undoes its safety less easily.",
         tags=[name, "safety-alignment"],
         facts={
             "data": f"{options.data} ({run.manifest.inputs['data'][:19]})",

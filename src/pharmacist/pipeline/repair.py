@@ -98,7 +98,7 @@ def _repair(
     write_text(run.path("log.jsonl"), json.dumps({"step": 1, **metrics}) + "\n")  # a repair is a single step
     card = Card(
         title=f"repaired with {name}",
-        what=f"{options.model} after the repair `{name}` ({chosen.paper}), which restores safety that fine-tuning has "
+        what=f"{options.model} after the repair {chosen.cited(name)}, which restores safety that fine-tuning has "
         "cost.",
         tags=[name, "safety-repair"],
         facts={

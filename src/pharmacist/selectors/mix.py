@@ -56,7 +56,7 @@ class MixConfig:
 
 
 class MixSelector(Composite):
-    """Ranks by several selectors and averages a row's relative ranks; each counts alike, whatever its scale."""
+    """Ranks by several selectors and averages a row's relative ranks; all count equally, whatever their scale."""
 
     Config = MixConfig
     name = "mix"

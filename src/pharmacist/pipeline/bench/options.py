@@ -82,12 +82,12 @@ class SelectorEntry(EntryWithOptions):
     seed: int | None = None
     """Seed of one ranking for all seeds of the grid; by default each seed makes another ranking."""
     fill: bool = True
-    """Fill the fraction with rows whose reason speaks against them if there are too few others, so that all arms have
-    the same size."""
+    """Fill the fraction with rows whose reason speaks against them if there are too few others, so that all selections
+    have the same size."""
     weighted: bool = False
     """Train with the selector's row weights, if it has any, and not only on its selection."""
     labels: int | Literal["all"] = 0
-    """Rank again with the pool's labels of this many rows, those that the selector asks for. all: of every row, so
+    """Rank again with the pool's labels of this many rows, those that the selector suggests. all: of every row, so
     that no row labelled bad is selected; with the selector random this is an oracle."""
     pools: list[str] = field(default_factory=list)
     """Names of the pools that the selector is combined with; all by default."""

@@ -13,7 +13,7 @@ from pharmacist.pipeline.stage import Stage
 
 @dataclass(kw_only=True)
 class DemoOptions(RunOptions):
-    """Run the whole pipeline in a synthetic world: rank, select, align on three arms, attack, evaluate."""
+    """Run the whole pipeline in a synthetic world: rank, select, align, attack, evaluate."""
 
     rows: Annotated[int, Ge(100)] = 600
     """Rows in the alignment pool."""
