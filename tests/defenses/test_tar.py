@@ -156,6 +156,21 @@ def test_on_a_quadratic_the_attack_ends_where_the_closed_form_says(k):
     assert torch.allclose(found, 3.0 * end.cos(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_of_the_attack_is_lost_by_rounding(dtype, monkeypatch):
+    net, moved = toy.model().to(dtype), []
+    strategy = tar(net, **SMALL | {"inner_steps": 32, "every": 32, "inner_learning_rates": [1e-4]})
+    before = {name: p.detach().clone() for name, p in toy.trainable(net).items()}
+
+    def look(*_):
+        moved.extend((p != before[name]).float().mean() for name, p in toy.trainable(net).items())
+
+    monkeypatch.setattr(strategy, "_add", look)
+    toy.micro_step(strategy, net, DATA, streams=streams())
+    assert float(torch.stack(moved).mean()) > (0.7 if dtype == torch.bfloat16 else 0.98)
+    assert all(torch.equal(p, before[name]) for name, p in toy.trainable(net).items())
+
+
 def test_the_weights_of_the_evaluations():
     weights = evaluation_weights(64, 4, 4.0)
     assert list(weights) == list(range(3, 64, 4)) and len(weights) == 64 // 4
@@ -234,6 +249,16 @@ def test_forms_fill_in_what_is_not_given():
     config = TARConfig(form="one-step", lam=7.0)
     assert (config.lam, config.inner_steps, config.inner_learning_rates) == (7.0, 1, [0.01])
     assert TARConfig(**vars(config)) == config
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"objective": "alignment", "held_out": 0.5}, {"form": "one-step", "entropy_positions": "all"}]
+    + [{"schedule": "uniform", "schedule_rate": 0.1}],
+)
+def test_options_without_effect_are_refused(given):
+    with pytest.raises(ConfigError, match="has no effect with (objective alignment|schedule uniform); change that"):
+        TARConfig(**given)
 
 
 def test_the_entropy_loss():
