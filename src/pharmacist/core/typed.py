@@ -48,7 +48,7 @@ class Checked:
             object.__setattr__(self, field.name, checked(self.option_name(field.name), hints[field.name], value))
 
     def refuse_unused(self, *names: str, because: str) -> None:
-        """Refuses options with other values than their defaults that the value of the option `because` makes useless."""
+        """Refuses options that the value of another one, `because`, makes useless, unless they have their defaults."""
         for field in fields(self):  # type: ignore[arg-type]
             if field.name in names and (value := getattr(self, field.name)) != default_of(field):
                 raise ConfigError(
