@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.alignment.tar import TAR, TARConfig, evaluation_weights
 from pharmacist.nn.grads import replaced
@@ -279,6 +279,15 @@ def hidden_states(model):
     for handle in handles:
         handle.remove()
     return found
+
+
+def test_hidden_states_of_several_streams_per_token_are_refused():
+    net = toy.model()
+    net.layers[0].register_forward_hook(lambda module, args, out: out.expand(2, *out.shape))
+    net.layers[1].register_forward_pre_hook(lambda module, args: (args[0][0], *args[1:]))
+    strategy = tar(net, **SMALL | {"representation": 1.0, "lam": 0.0, "inner_steps": 0})
+    with pytest.raises(CompatibilityError, match=r"hidden states of shape \(2, 4, .*this method cannot act on them"):
+        toy.micro_step(strategy, net, DATA, streams=streams())
 
 
 def distance(net, reference):

@@ -82,8 +82,8 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
     if adapted:  # loaded with `merge=False`, to be continued
         return loaded
     config = options.lora.config()
-    if loaded.shared and str(config.init_lora_weights).lower() == "olora":
-        model = deepcopy(model)  # PEFT changes the base model's weights in place
+    if loaded.shared and (str(config.init_lora_weights).lower() == "olora" or config.bias != "none"):
+        model = deepcopy(model)  # the base model's own weights change in place: by PEFT, or as biases are trained
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init", *stage))
         try:
@@ -94,6 +94,11 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
                 f"lora.target_modules: PEFT attaches no adapter to {names} of {options.model} "
                 f"({one_line(error, 100)}); name linear layers"
             ) from error
+    for name, layer in model.named_modules():
+        if getattr(layer, "lora_bias", {}).get("default") and layer.get_base_layer().bias is None:
+            raise CompatibilityError(
+                f"peft_config: lora_bias has nothing that it could be merged into, as {name} has no bias; leave it out"
+            )
     # An adapter finds its base by this name, from whatever folder it is loaded.
     model.peft_config["default"].base_model_name_or_path = loaded.base.name
     return replace(loaded, model=model)

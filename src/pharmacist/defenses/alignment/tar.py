@@ -16,7 +16,7 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, AtLeast1, Checked, NotNegative
 from pharmacist.nn.grads import Gradient, norm, preserved
-from pharmacist.nn.hooks import Activations, capture, evaluating
+from pharmacist.nn.hooks import Activations, capture, evaluating, plain_states
 from pharmacist.nn.locate import decoder_layers, final_norm
 from pharmacist.nn.losses import negative_entropy, precise, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
@@ -246,4 +246,4 @@ def _hidden_states(model: nn.Module) -> Iterator[list[Activations]]:
 
 
 def _in_order(parts: Sequence[Activations]) -> list[torch.Tensor]:
-    return [value for part in parts for value in part.values()]
+    return plain_states(value for part in parts for value in part.values())
