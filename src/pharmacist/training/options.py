@@ -131,16 +131,13 @@ class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
 
 
 _CHECKPOINTS = ("save_strategy", "save_steps", "save_total_limit", "save_only_model")
-_HUB = (
-    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
-    "hub_revision",
-)
+_HUB = "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision".split()
 _EVALUATION = (
-    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "do_predict", "load_best_model_at_end"),
-    *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "per_device_eval_batch_size"),
-    *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
-    *("metric_for_best_model", "greater_is_better"),
-)
+    "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps "
+    "eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only "
+    "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval load_best_model_at_end "
+    "metric_for_best_model greater_is_better"
+).split()
 _OWN = {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
 """Fields that have these values in every stage."""
 _FIXED = (
