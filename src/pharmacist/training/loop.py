@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, NoMatchError, one_line
@@ -194,8 +194,7 @@ class Training:
             strategy_seed=derive(options.seed, "strategy"),
             callbacks=[Checkpoints(strategy, options.checkpoint_seconds, self.streams), progress, *callbacks],
         )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)
         checkpoint = newest_checkpoint(folder)
         try:
             with progress.shown, silent_library():

@@ -255,7 +255,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         self._micro = self._micro + 1 if update == self._update else 0
         self._update = update
         rows, weights = inputs.pop("row", None), inputs.pop("weight", None)
-        self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
+        numbers = [] if rows is None else rows.tolist()
+        self._rows = (self._rows if self._micro else []) + numbers
         inputs = self._prepare_inputs(inputs)
         if self._micro == 0:
             self.strategy.begin_update(update)
@@ -276,7 +277,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             micro=self._micro,
             scale=1.0 / self.current_gradient_accumulation_steps,
             streams=self.streams,
-            rows=() if rows is None else rows.tolist(),
+            rows=numbers,
             targets=num_items_in_batch,
             tokens=self._tokens,
             weights=None if weights is None else weights.to(inputs["labels"].device),
