@@ -615,3 +615,7 @@ def test_how_many_rows_are_mixed_in():
     assert build_().mixed_in(1000) == (100, False)
     assert build_(share=0.29, mode="replace").mixed_in(100) == (29, True)
     assert build_(mode="joint").mixed_in(1000) == (0, False) == build_(share=0.0).mixed_in(1000)
+    with pytest.raises(ConfigError, match="share 0.5: has no effect with mode joint; change that, or leave it out"):
+        build_(mode="joint", share=0.5)
+    with pytest.raises(ConfigError, match="lam 1.0: has no effect with mode replace"):
+        build_(mode="replace", lam=1.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pharmacist.core.errors import ConfigError, DataError
+from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
 from pharmacist.defenses.alignment.sft import SFT
 from pharmacist.defenses.alignment.tar import TAR, TARConfig, evaluation_weights
 from pharmacist.nn.grads import replaced
@@ -156,6 +156,24 @@ def test_on_a_quadratic_the_attack_ends_where_the_closed_form_says(k):
     assert torch.allclose(found, 3.0 * end.cos(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_of_the_attack_is_lost_by_rounding(dtype, monkeypatch):
+    net, moved = toy.model().to(dtype), []
+    strategy = tar(net, **SMALL | {"inner_steps": 32, "every": 32, "inner_learning_rates": [1e-4]})
+    before = {name: p.detach().clone() for name, p in toy.trainable(net).items()}
+
+    tamper_loss = strategy.tamper_loss
+
+    def look(*given):
+        moved.extend((p != before[name]).float().mean() for name, p in toy.trainable(net).items())
+        return tamper_loss(*given)
+
+    monkeypatch.setattr(strategy, "tamper_loss", look)
+    toy.micro_step(strategy, net, DATA, streams=streams())
+    assert float(torch.stack(moved).mean()) > (0.7 if dtype == torch.bfloat16 else 0.98)
+    assert all(torch.equal(p, before[name]) for name, p in toy.trainable(net).items())
+
+
 def test_the_weights_of_the_evaluations():
     weights = evaluation_weights(64, 4, 4.0)
     assert list(weights) == list(range(3, 64, 4)) and len(weights) == 64 // 4
@@ -236,6 +254,16 @@ def test_forms_fill_in_what_is_not_given():
     assert TARConfig(**vars(config)) == config
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"objective": "alignment", "held_out": 0.5}, {"form": "one-step", "entropy_positions": "all"}]
+    + [{"schedule": "uniform", "schedule_rate": 0.1}],
+)
+def test_options_without_effect_are_refused(given):
+    with pytest.raises(ConfigError, match="has no effect with (objective alignment|schedule uniform); change that"):
+        TARConfig(**given)
+
+
 def test_the_entropy_loss():
     uniform, certain = torch.zeros(2, 12, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.float64)
     certain[:, 3] = 1e3
@@ -254,6 +282,15 @@ def hidden_states(model):
     for handle in handles:
         handle.remove()
     return found
+
+
+def test_hidden_states_of_several_streams_per_token_are_refused():
+    net = toy.model()
+    net.layers[0].register_forward_hook(lambda module, args, out: out.expand(2, *out.shape))
+    net.layers[1].register_forward_pre_hook(lambda module, args: (args[0][0], *args[1:]))
+    strategy = tar(net, **SMALL | {"representation": 1.0, "lam": 0.0, "inner_steps": 0})
+    with pytest.raises(CompatibilityError, match=r"hidden states of shape \(2, 4, .*this method cannot act on them"):
+        toy.micro_step(strategy, net, DATA, streams=streams())
 
 
 def distance(net, reference):

@@ -457,7 +457,7 @@ def test_which_modules_are_projected():
     assert [pick(select="number", number=k) for k in (1, 2, 3, 4)] == [[2], [0, 2], [0, 2, 3], [0, 2, 3, 4]]
     with pytest.raises(ConfigError, match="number 5: only 4 modules have an update that can be projected"):
         pick(select="number", number=5)
-    with pytest.raises(ConfigError, match="number 5: has no effect with select threshold; give select number too"):
+    with pytest.raises(ConfigError, match="number 5: has no effect with select threshold; change that"):
         pick(number=5)
     with pytest.raises(ConfigError, match=r"threshold 0\.9: has no effect with select number"):
         pick(select="number", number=2, threshold=0.9)

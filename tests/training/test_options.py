@@ -1,15 +1,28 @@
 """Training options: checked against transformers, with the reason where one is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from pharmacist.core.config import parse
-from pharmacist.core.errors import ConfigError, NoMatchError
+from pharmacist.core.errors import CompatibilityError, ConfigError, NoMatchError
+from pharmacist.nn.models import load_model, wrap_model
 from pharmacist.pipeline.align import AlignOptions
 from pharmacist.training import options as own
-from pharmacist.training.options import LoraOptions, TrainingStageOptions, check_train_options, training_arguments
+from pharmacist.training.loop import prepare_model
+from pharmacist.training.options import (
+    LoraOptions,
+    PeftLoraOptions,
+    TrainingStageOptions,
+    check_train_options,
+    train_options,
+    training_arguments,
+)
+from tests.support.tiny import save_tiny_model
 from tests.support.training_toy import distance, options, setting, sft, trained
 
 
@@ -25,6 +38,8 @@ REFUSED = {
     "save_steps": (1, "is decided by another option; use --checkpoint-seconds"),
     "label_smoothing_factor": (0.1, "cannot be changed here; leave it out"),
     "eval_on_start": (True, "is decided by another option; use pharmacist evaluate"),
+    "per_device_eval_batch_size": (4, "is decided by another option; use pharmacist evaluate"),
+    "hub_model_id": ("me/mine", "is decided by another option; use the Hub's own tools"),
     "ignore_data_skip": (True, "cannot be changed here; leave it out"),
     "max_steps": ("many", "'many' does not fit"),
     "num_train_epochs": ("nan", "'nan' is not a finite number"),
@@ -172,3 +187,34 @@ def test_full_tuning_trains_everything_in_single_precision(model: Path, tmp_path
     before = run.weights()
     trained(run, sft())
     assert all(not torch.equal(value, before[name]) for name, value in run.weights().items())
+
+
+def prepared(folder: Path, config: LoraConfig) -> tuple[Any, Any]:
+    """A model of the caller's, and what is trained of it."""
+    own = AutoModelForCausalLM.from_pretrained(folder)
+    given = options(folder, folder / "out")
+    given.lora = PeftLoraOptions.of(config)
+    return own, prepare_model(load_model(wrap_model(own, AutoTokenizer.from_pretrained(folder))), given).model
+
+
+def test_biases_are_trained_in_a_copy_of_the_callers_model(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, attention_bias=True)
+    own, made = prepared(folder, LoraConfig(bias="all", target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trained_ones = {name: value for name, value in made.named_parameters() if value.requires_grad}
+    assert any("q_proj" in name and name.endswith("bias") for name in trained_ones)
+    assert not {value.data_ptr() for value in trained_ones.values()} & {p.data_ptr() for p in own.parameters()}
+
+
+def test_a_bias_that_could_not_be_merged_is_refused_before_the_training(model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(lora_bias=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(CompatibilityError, match="peft_config: lora_bias has nothing .*q_proj has no bias; leave it"):
+        prepared(model, config)
+    prepared(save_tiny_model(tmp_path, attention_bias=True), config)
+
+
+def test_what_arguments_from_python_decide_in_vain_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = TrainingArguments(use_cpu=True, save_steps=3, data_seed=1)
+    assert train_options(arguments, {}) == {}
+    assert "args: no effect here: save_steps, data_seed" in capsys.readouterr().err
+    train_options(TrainingArguments(use_cpu=True, output_dir="elsewhere", seed=3), {})
+    assert not capsys.readouterr().err

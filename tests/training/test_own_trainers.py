@@ -172,6 +172,16 @@ def test_batches_and_checkpointing_that_hide_gradients_are_refused(model: Path, 
     make("transformers", model, tmp_path, ph.Vaccine(), arguments=kind).train()
 
 
+def test_a_compiled_model_that_passes_over_a_strategy_is_refused(model: Path, tmp_path: Path) -> None:
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    with pytest.raises(CompatibilityError, match="passes over what vaccine does; drop torch_compile"):
+        make("full", model, tmp_path, ph.Vaccine(), arguments=compiled).train()
+    plain, fast = (make("full", model, tmp_path, ph.SFT(), arguments=own) for own in ({}, compiled))
+    for trainer in (plain, fast):
+        trainer.train()
+    assert distance(weights(plain), weights(fast)) < 1e-5
+
+
 def test_checkpoints_of_an_adapter_with_a_name_of_its_own_are_whole(model: Path, tmp_path: Path) -> None:
     trainer = make("transformers", model, tmp_path, ph.SFT())
     trainer.model = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LORA, adapter_name="mine")

@@ -52,6 +52,16 @@ def test_resumed_at_an_odd_step(model: Path, tmp_path: Path, stops: tuple[int, .
     assert timeless[0] == timeless[1] and len(timeless[0]) == 8
 
 
+def test_rows_grouped_by_length_come_in_the_same_order_after_a_resume(model: Path, tmp_path: Path) -> None:
+    more = LONG | {"train_sampling_strategy": "group_by_length"}
+    whole, cut = (setting(options(model, tmp_path / name, **more)) for name in ("whole", "cut"))
+    trained(whole, Noise())
+    with pytest.raises(KeyboardInterrupt):
+        trained(setting(options(model, tmp_path / "cut", **more)), Noise(), Stop(7))  # in the second epoch
+    trained(cut, Noise())
+    assert same(whole.weights(), cut.weights())
+
+
 def test_the_comparison_notices_a_state_that_is_not_restored(model: Path, tmp_path: Path) -> None:
     whole, cut = (setting(options(model, tmp_path / name, **LONG)) for name in ("whole", "cut"))
     trained(whole, Noise())

@@ -434,11 +434,17 @@ def test_streams_that_are_missing_and_settings_that_hide_gradients_are_refused(m
 
     trainer(own, Drinks(), streams={"harmful": iter(range(10))}).train()
     assert seen == [0, 1, 2, 3]
-    for arguments, message in (({"fp16": True}, "fp16"), ({"n_gpu": 2}, "without a launcher")):
+    usual = {"fp16": False, "n_gpu": 1, "seed": 0, "auto_find_batch_size": False}
+    for name, value, message in (
+        ("fp16", True, "fp16"),
+        ("n_gpu", 2, "without a launcher"),
+        ("auto_find_batch_size", True, "give a smaller per_device_train_batch_size"),
+    ):
         with pytest.raises(CompatibilityError, match=message):
-            StrategyMixinOnStub(
-                SimpleNamespace(**({"fp16": False, "n_gpu": 1, "seed": 0} | arguments)), strategy=sft()
-            )
+            StrategyMixinOnStub(SimpleNamespace(**(usual | {name: value})), strategy=sft())
+    with pytest.raises(CompatibilityError, match="weights lie on several devices, .*; load it without device_map"):
+        parts = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, device="meta"))
+        StrategyMixinOnStub(SimpleNamespace(**usual), model=parts, strategy=sft())
 
 
 class Stub:
@@ -448,8 +454,8 @@ class Stub:
     model_init = None
     callback_handler = SimpleNamespace(callbacks=[])
 
-    def __init__(self, args: Any) -> None:
-        self.args = args
+    def __init__(self, args: Any, model: torch.nn.Module | None = None) -> None:
+        self.args, self.model = args, model or torch.nn.Linear(1, 1)
 
 
 class StrategyMixinOnStub(StrategyMixin, Stub):

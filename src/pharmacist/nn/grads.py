@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from pharmacist.core.env import world_size
 from pharmacist.core.errors import CompatibilityError, DivergedError
@@ -54,9 +55,7 @@ def averaged(grads: Gradient) -> Gradient:
 
 def norm(grads: Gradient) -> torch.Tensor:
     """Euclidean norm over all tensors together, a scalar."""
-    norms = [torch.linalg.vector_norm(value) for value in grads.values()]
-    joint: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return joint
+    return get_total_norm([*grads.values()])
 
 
 def cosine(a: Gradient, b: Gradient, eps: float = 1e-12) -> torch.Tensor:

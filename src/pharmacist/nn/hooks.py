@@ -4,7 +4,7 @@ Hooks return new tensors instead of changing any, and act once where non-reentra
 forward pass during backward.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +61,17 @@ def capture(modules: Mapping[str, nn.Module], *, inputs: bool = False) -> Iterat
 
     with hooked(modules, read, before=inputs):
         yield found
+
+
+def plain_states(found: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The hidden states of several depths; refuses others than of shape [rows, length, width], as Gemma 3n has."""
+    states = list(found)
+    if odd := [tuple(state.shape) for state in states if state.dim() != 3]:
+        raise CompatibilityError(
+            f"the model's layers give hidden states of shape {odd[0]}, several per token (as in Gemma 3n); "
+            "this method cannot act on them"
+        )
+    return states
 
 
 def add_offsets(modules: Mapping[str, nn.Module], offsets: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pharmacist.core.errors import ConfigError
 from pharmacist.core.typed import AtLeast1, Checked, Fraction
 
 
@@ -23,6 +22,4 @@ class SafeLoraConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unused = "number" if self.select == "threshold" else "threshold"
-        if (value := getattr(self, unused)) != getattr(SafeLoraConfig, unused):
-            raise ConfigError(f"{unused} {value}: has no effect with select {self.select}; give select {unused} too")
+        self.refuse_unused("number" if self.select == "threshold" else "threshold", because="select")

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from pharmacist.core.env import process_index
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError, NoMatchError, one_line
@@ -82,8 +82,8 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
     if adapted:  # loaded with `merge=False`, to be continued
         return loaded
     config = options.lora.config()
-    if loaded.shared and str(config.init_lora_weights).lower() == "olora":
-        model = deepcopy(model)  # PEFT changes the base model's weights in place
+    if loaded.shared and (str(config.init_lora_weights).lower() == "olora" or config.bias != "none"):
+        model = deepcopy(model)  # the base model's own weights change in place: by PEFT, or as biases are trained
     with torch.random.fork_rng():
         torch.manual_seed(derive(options.seed, "lora", "init", *stage))
         try:
@@ -94,6 +94,11 @@ def prepare_model(loaded: LoadedModel, options: TrainingStageOptions, *stage: st
                 f"lora.target_modules: PEFT attaches no adapter to {names} of {options.model} "
                 f"({one_line(error, 100)}); name linear layers"
             ) from error
+    for name, layer in model.named_modules():
+        if getattr(layer, "lora_bias", {}).get("default") and layer.get_base_layer().bias is None:
+            raise CompatibilityError(
+                f"peft_config: lora_bias has nothing that it could be merged into, as {name} has no bias; leave it out"
+            )
     # An adapter finds its base by this name, from whatever folder it is loaded.
     model.peft_config["default"].base_model_name_or_path = loaded.base.name
     return replace(loaded, model=model)
@@ -189,8 +194,7 @@ class Training:
             strategy_seed=derive(options.seed, "strategy"),
             callbacks=[Checkpoints(strategy, options.checkpoint_seconds, self.streams), progress, *callbacks],
         )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)
         checkpoint = newest_checkpoint(folder)
         try:
             with progress.shown, silent_library():

@@ -13,6 +13,7 @@ from annotated_types import Ge, Lt
 
 from pharmacist.core.errors import ConfigError
 from pharmacist.core.options import ChosenRowOptions, RunOptions, TokenOptions
+from pharmacist.core.progress import warn
 from pharmacist.core.registry import closest
 from pharmacist.core.typed import AtLeast1, Checked
 
@@ -130,6 +131,13 @@ class TrainingStageOptions(RunOptions, ChosenRowOptions, TokenOptions):
 
 
 _CHECKPOINTS = ("save_strategy", "save_steps", "save_total_limit", "save_only_model")
+_HUB = "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision".split()
+_EVALUATION = (
+    "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps "
+    "eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only "
+    "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval load_best_model_at_end "
+    "metric_for_best_model greater_is_better"
+).split()
 _OWN = {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
 """Fields that have these values in every stage."""
 _FIXED = (
@@ -139,6 +147,7 @@ _FIXED = (
     "ignore_data_skip",
     "average_tokens_across_devices",
     "use_liger_kernel",
+    "liger_kernel_config",
 )
 _SET_BY_OPTION = {
     "output_dir": "--output-dir",
@@ -148,14 +157,12 @@ _SET_BY_OPTION = {
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype bfloat16 (scaled gradients are not what a defense expects)",
     "disable_tqdm": "--quiet",
-    "push_to_hub": "the Hub's own tools on the finished folder",
     "resume_from_checkpoint": "the same command again, which resumes",
     "auto_find_batch_size": "a fixed batch size",
     "deepspeed": "accelerate launch with DDP",
     **dict.fromkeys(_CHECKPOINTS, "--checkpoint-seconds"),
-    **dict.fromkeys(
-        ("eval_strategy", "eval_on_start", "do_eval", "do_predict", "load_best_model_at_end"), "pharmacist evaluate"
-    ),
+    **dict.fromkeys(_HUB, "the Hub's own tools on the finished folder"),
+    **dict.fromkeys(_EVALUATION, "pharmacist evaluate"),
 }
 _REMOVED = {
     "warmup_ratio": "give warmup_steps below 1, which is the ratio",
@@ -187,8 +194,8 @@ def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -
     """Options of ``train`` that equal some `TrainingArguments`: the values that differ from transformers' defaults.
 
     Those that a stage cannot give are among them, for `check_train_options` to refuse; output folder, checkpoints,
-    seeds, device and number format are left out. For the fields of `defaults`, those of the stage, the arguments'
-    values are taken in any case.
+    seeds, device and number format are left out, with a warning about those that the stage decides otherwise. For the
+    fields of `defaults`, those of the stage, the arguments' values are taken in any case.
 
     Raises:
         ConfigError: A subclass, such as TRL's SFTConfig, was given a field that only its own trainer follows.
@@ -199,6 +206,10 @@ def train_options(arguments: "TrainingArguments", defaults: Mapping[str, Any]) -
     for name, value in vars(kind(use_cpu=arguments.use_cpu)).items():
         if name in kind.__dataclass_fields__ and not hasattr(usual, name) and getattr(arguments, name) != value:
             raise ConfigError(f"args: {name} of {kind.__name__} has no effect here; leave it out, or train with TRL")
+    if ignored := [name for name in (*_CHECKPOINTS, "data_seed") if getattr(arguments, name) != getattr(usual, name)]:
+        warn(
+            f"args: no effect here: {', '.join(ignored)} (checkpoints come by the clock; one seed decides everything)"
+        )
     options = {}
     for item in dataclasses.fields(TrainingArguments):
         name, value, default = item.name, getattr(arguments, item.name), getattr(usual, item.name)

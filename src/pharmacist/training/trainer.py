@@ -1,15 +1,17 @@
 """A Trainer for gradient strategies: it overrides the training step, and leaves the main pass to the stock Trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.other import has_compiled_regions
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from pharmacist.core.console import named
@@ -132,6 +134,15 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             raise CompatibilityError("several GPUs without a launcher: use `accelerate launch -m pharmacist ...`")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise CompatibilityError("DeepSpeed and FSDP own the gradients that a strategy needs; use DDP")
+        if len({parameter.device for parameter in self.model.parameters()}) > 1:
+            raise CompatibilityError(
+                "the model's weights lie on several devices, where no strategy can act; load it without device_map"
+            )
+        if self.args.auto_find_batch_size:
+            raise CompatibilityError(
+                "auto_find_batch_size would begin again with half a batch and all that the strategy has drawn so far; "
+                "give a smaller per_device_train_batch_size"
+            )
         if self.args.fp16:
             raise CompatibilityError("fp16 scales the main gradient and not the strategy's; use bf16")
         if world_size() > 1 and not self.args.average_tokens_across_devices:
@@ -209,6 +220,19 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             )
         return loader
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock sampler; one that groups rows by length draws the order of an epoch from seed and epoch alone.
+
+        A training that resumes in a later epoch would read rows twice, and others never, in an order that follows from
+        all random numbers before.
+        """
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator()
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(derive(seed, "order", epoch) % 2**63)
+        return sampler
+
     @_refusing_options()
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The stock scheduler, likewise."""
@@ -231,7 +255,8 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         self._micro = self._micro + 1 if update == self._update else 0
         self._update = update
         rows, weights = inputs.pop("row", None), inputs.pop("weight", None)
-        self._rows = (self._rows if self._micro else []) + ([] if rows is None else rows.tolist())
+        numbers = [] if rows is None else rows.tolist()
+        self._rows = (self._rows if self._micro else []) + numbers
         inputs = self._prepare_inputs(inputs)
         if self._micro == 0:
             self.strategy.begin_update(update)
@@ -252,7 +277,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
             micro=self._micro,
             scale=1.0 / self.current_gradient_accumulation_steps,
             streams=self.streams,
-            rows=() if rows is None else rows.tolist(),
+            rows=numbers,
             targets=num_items_in_batch,
             tokens=self._tokens,
             weights=None if weights is None else weights.to(inputs["labels"].device),
@@ -264,7 +289,7 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
                 add_to_grad(step.parameters, extra, step.scale)
             self._step = step  # until it is reset, `compute_loss` applies the strategy's objective
             try:
-                with self.strategy.around(step):
+                with self._around(step, model):
                     loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             finally:
                 self._step = None
@@ -276,6 +301,15 @@ class StrategyMixin(_Trainer):  # type: ignore[misc]
         for key, value in step.metrics.items():
             self._sums.setdefault(key, []).append(value)
         return loss
+
+    def _around(self, step: StepContext, model: nn.Module) -> AbstractContextManager[Any]:
+        """The strategy's context around the main pass; refuses one whose hooks a compiled model would pass over."""
+        around = self.strategy.around(step)
+        if self._micro == 0 and not isinstance(around, nullcontext) and has_compiled_regions(model):
+            raise CompatibilityError(
+                f"a compiled model passes over what {self.strategy.name} does; drop torch_compile"
+            )
+        return around
 
     def _check_passes(self, inputs: Mapping[str, Any]) -> None:
         """Refuses what a strategy's own passes over the batch cannot work with."""

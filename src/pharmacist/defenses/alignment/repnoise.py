@@ -13,7 +13,7 @@ from pharmacist.core.seeding import derive
 from pharmacist.core.typed import Checked, NotNegative
 from pharmacist.nn.distributed import all_rows, total
 from pharmacist.nn.grads import Gradient
-from pharmacist.nn.hooks import capture
+from pharmacist.nn.hooks import capture, plain_states
 from pharmacist.nn.locate import decoder_layers, final_norm, mlp_modules, output_head
 from pharmacist.nn.losses import IGNORED, mmd2, precise, target_losses, targets
 from pharmacist.nn.reading import derived_at_a_time, logits_from
@@ -113,7 +113,7 @@ class RepNoise(GradientStrategy):
         keep, tokens = targets(harmful["labels"].masked_fill(~mask, IGNORED))
         with step.replay(), capture(self.first, inputs=True) as embedded, capture(self.layers | self.mlps) as found:
             step.logits(harmful, torch.zeros_like(mask))  # the head's logits are computed in `ascent`
-            depths = [*embedded.values(), *(found[name] for name in self.layers)]
+            depths = plain_states([*embedded.values(), *(found[name] for name in self.layers)])
             surrogate, losses = self.ascent(step, [depth[keep] for depth in depths], tokens)
             # OPT's feed-forward layers see all tokens in one row.
             features = [found[name].view(*mask.shape, -1) for name in self.mlps]

@@ -16,7 +16,7 @@ from pharmacist.core.errors import ConfigError
 from pharmacist.core.seeding import derive
 from pharmacist.core.typed import AtLeast0, AtLeast1, Checked, NotNegative
 from pharmacist.nn.grads import Gradient, norm, preserved
-from pharmacist.nn.hooks import Activations, capture, evaluating
+from pharmacist.nn.hooks import Activations, capture, evaluating, plain_states
 from pharmacist.nn.locate import decoder_layers, final_norm
 from pharmacist.nn.losses import negative_entropy, precise, targets
 from pharmacist.training.strategy import Batch, GradientStrategy, StepContext
@@ -85,6 +85,10 @@ class TARConfig(Checked):
             raise ConfigError(f"adversaries must be some of {', '.join(_ADVERSARIES)}, not {kinds}")
         if 0 < (self.inner_steps or 0) < (self.every or 1):
             raise ConfigError(f"every {self.every}: the attack has only {self.inner_steps} steps")
+        if self.schedule == "uniform":
+            self.refuse_unused("schedule_rate", because="schedule")
+        if self.objective == "alignment":
+            self.refuse_unused("held_out", "entropy_positions", because="objective")
 
 
 def evaluation_weights(
@@ -168,15 +172,18 @@ class TAR(GradientStrategy):
         steps = self.config.inner_steps or 0
         kind, rate = draw.choice(self.config.adversaries or []), draw.choice(self.config.inner_learning_rates or [])
         benign = draw.betavariate(6, 3) * steps if kind == "switch" else 0
-        parameters = step.parameters
+        # Small steps add up in float32, where rounding to bfloat16 would swallow each; else they are the weights.
+        exact = {name: precise(parameter.detach()) for name, parameter in step.parameters.items()}
         make: Any = torch.optim.AdamW if self.config.inner_optimizer == "adamw" else torch.optim.SGD
-        optimizer = make(parameters.values(), lr=rate)
+        optimizer = make(exact.values(), lr=rate)
         for i in range(steps):
             loss = step.ce(step.next("retain" if i < benign else "harmful"))
             for name, g in step.grads(loss).items():
-                parameters[name].grad = g.to(parameters[name].dtype)
+                exact[name].grad = g
             optimizer.step()
-            optimizer.zero_grad()
+            with torch.no_grad():
+                for name, value in exact.items():
+                    step.parameters[name].copy_(value)
             step.log(**{f"attack_loss_{'first' if i == 0 else 'last'}": step.value(loss)})
             yield i
 
@@ -239,4 +246,4 @@ def _hidden_states(model: nn.Module) -> Iterator[list[Activations]]:
 
 
 def _in_order(parts: Sequence[Activations]) -> list[torch.Tensor]:
-    return [value for part in parts for value in part.values()]
+    return plain_states(value for part in parts for value in part.values())

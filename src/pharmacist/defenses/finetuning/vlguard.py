@@ -24,6 +24,10 @@ class VLGuardConfig(Checked):
     lam: NotNegative = 0.1
     """Weight of the second loss in the mode joint; 0 is sft."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_unused("share" if self.mode == "joint" else "lam", because="mode")
+
 
 class VLGuard(GradientStrategy):
     """Mixes safe rows into the user's set, or adds their loss to every step.
