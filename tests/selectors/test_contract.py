@@ -118,7 +118,7 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
     assert whole.weight is None or np.array_equal(again.weight, whole.weight)
 
 
-@LEARNED
+@EVERY
 def test_how_rows_are_batched_and_padded_does_not_matter(model, tmp_path, name, monkeypatch):
     a = ranked(tmp_path / "a", model, name)
     monkeypatch.setattr("pharmacist.nn.passes.tokens_per_batch", lambda *_: 1)  # a row each
