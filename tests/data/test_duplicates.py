@@ -6,7 +6,8 @@ import pytest
 
 from pharmacist.data import duplicates
 from pharmacist.data.duplicates import choose_bands, find_duplicates
-from pharmacist.data.records import to_dataset
+from pharmacist.data.formats import open_source
+from pharmacist.data.records import read_records, to_dataset
 
 
 def words(rng: random.Random, n: int) -> list[str]:
@@ -92,6 +93,23 @@ def test_other_answers_and_other_prompts_are_no_duplicates():
     assert clusters_of((prompt, "positive"), (prompt, "negative")) == [0, 1]
     assert clusters_of(("how do i brew this", refusal), ("where can we find that", refusal)) == [0, 1]
     assert clusters_of((prompt, "positive"), (prompt + " please", "positive")) == [0, 0]
+
+
+def test_a_system_prompt_that_rows_share_makes_no_duplicates(tmp_path):
+    system = {"role": "system", "content": " ".join(words(random.Random(0), 60))}
+    asked = ["How do I bake bread?", "Where does the miller live?", "How do I bake bread?"]
+    rows = [
+        {
+            "messages": [
+                system,
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "I cannot say that."},
+            ]
+        }
+        for text in asked
+    ]
+    read = read_records(open_source(rows), work_dir=tmp_path)
+    assert find_duplicates(read.dataset).tolist() == [0, 1, 0]
 
 
 def test_sums_are_told_apart_by_their_signs():

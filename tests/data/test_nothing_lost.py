@@ -411,6 +411,23 @@ def test_where_compares_what_a_column_of_parquet_shows(tmp_path):
             read_records(source, work_dir=tmp_path / "w", where=where)
 
 
+@pytest.mark.parametrize("kind", ["memory", "arrow", "parquet"])
+def test_where_knows_the_names_of_classes(tmp_path, kind):
+    from pharmacist.data.where import conditions_of
+
+    classes = datasets.ClassLabel(names=["safe", "unsafe", "1"])
+    rows = datasets.Dataset.from_list([{"prompt": f"p{i}", "completion": "c", "label": i % 3} for i in range(6)])
+    rows = rows.cast_column("label", classes)
+    spec = {"memory": rows, "arrow": tmp_path / "saved", "parquet": tmp_path / "rows.parquet"}[kind]
+    if kind != "memory":
+        (rows.save_to_disk if kind == "arrow" else rows.to_parquet)(spec)
+    source = open_source(spec, name="--data")
+    for value, kept in (("unsafe", [1, 4]), ("0", [0, 3]), ("1", [2, 5])):  # a name comes before a number
+        where = conditions_of([f"label={value}"], {"data": source})["data"]
+        records = read_records(source, work_dir=tmp_path / "w", where=where)
+        assert records.row_numbers.tolist() == kept, value
+
+
 def test_where_is_for_the_files_that_have_the_column(tmp_path):
     from pharmacist.data.where import conditions_of
 

@@ -396,6 +396,20 @@ def test_normalised_prompts():
     assert 0 <= prompt_key("x") < 2**64
 
 
+def test_a_prompt_is_the_same_under_another_system_prompt(tmp_path):
+    system = {"role": "system", "content": "You are a baker."}
+    rows = [
+        [user("How do I bake?")],
+        [system, user("how do I bake")],
+        [system, user("Hi"), assistant("Hi"), user("b")],
+    ]
+    records = read(tmp_path, [{"messages": [*turns, assistant("yes")]} for turns in rows])
+    keys = records.dataset["prompt_key"][:]
+    assert keys == [prompt_key("how do i bake")] * 2 + [prompt_key("Hi\nHi\nb")]
+    assert to_dataset(list(records.dataset))["prompt_key"][:] == keys
+    assert records.dataset["prompt"][1] == "You are a baker.\nhow do I bake", "judges and people read all of it"
+
+
 def test_rows_made_in_memory():
     made = to_dataset([{"prompt": "P?", "completion": "c", "row": 7, "other": 1}, {"prompt": "q", "completion": "d"}])
     assert isinstance(made, datasets.Dataset) and made.column_names == SCHEMA.names

@@ -1,3 +1,5 @@
+import json
+
 import torch
 
 from pharmacist.data.records import to_dataset
@@ -71,6 +73,17 @@ def test_pairs_by_prompt_by_row_and_in_turn():
     assert pair_rows(alignment, harmful, "prompt") == {0: 3, 2: 4, 5: 3}
     assert pair_rows(alignment, harmful, "row") == {5: 5}
     assert pair_rows(alignment, harmful, "turn") == {0: 3, 1: 4, 2: 5, 5: 3}
+
+
+def test_partners_have_the_same_system_prompt_where_there_is_one():
+    def row(number, system):
+        turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "how"}]
+        prompt = "\n".join(turn["content"] for turn in turns)
+        return {"row": number, "prompt": prompt, "completion": "no", "turns": json.dumps(turns) if system else None}
+
+    harmful = to_dataset([row(0, "a"), row(1, "b"), row(2, "")])
+    alignment = to_dataset([row(0, "b"), row(1, ""), row(2, "c"), row(3, "c"), row(4, "b")])
+    assert pair_rows(alignment, harmful, "prompt") == {0: 1, 1: 2, 2: 0, 3: 1, 4: 1}
 
 
 def test_partners_of_a_batch():

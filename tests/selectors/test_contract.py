@@ -118,7 +118,7 @@ def test_interrupted_in_its_training_it_ends_with_the_same_scores(model, tmp_pat
     assert whole.weight is None or np.array_equal(again.weight, whole.weight)
 
 
-@LEARNED
+@EVERY
 def test_how_rows_are_batched_and_padded_does_not_matter(model, tmp_path, name, monkeypatch):
     a = ranked(tmp_path / "a", model, name)
     monkeypatch.setattr("pharmacist.nn.passes.tokens_per_batch", lambda *_: 1)  # a row each
@@ -192,6 +192,11 @@ RETURNED: dict[str, tuple[Callable[[int], Any], str]] = {
     "no scores": (np.arange, "rank must return Scores, not ndarray"),
     "too few": (lambda rows: Scores(np.zeros(rows - 1)), "score has 4 values for 5 rows"),
     "a short signal": (lambda rows: Scores(np.zeros(rows), signals={"x": np.zeros(2)}), "x has 2 values for 5 rows"),
+    "a negative weight": (
+        lambda rows: Scores(np.zeros(rows), weight=np.arange(rows) - 1.0),
+        "weight has values that are negative or not finite",
+    ),
+    "no weight": (lambda rows: Scores(np.zeros(rows), weight=np.full(rows, np.nan)), "negative or not finite"),
     "a taken name": (lambda rows: Scores(np.zeros(rows), signals={"rank": np.zeros(rows)}), "may be called rank,"),
 }
 
@@ -231,3 +236,14 @@ def test_a_copy_of_a_bad_row_keeps_its_own_reason() -> None:
 
 def test_scores_may_be_a_list_or_a_tensor() -> None:
     assert Scores([1, 2]).score.tolist() == Scores(torch.tensor([1, 2])).score.tolist() == [1.0, 2.0]
+
+    class Own(Selector):
+        gives_weights = True
+
+        def rank(self, context: SelectionContext) -> Any:
+            return Scores([2, 1, 0], ["critical", "critical", "low_quality"], weight=[1, 1, 4])
+
+    rows = [{"prompt": "how do i brew a potion", "completion": word} for word in ("no, never", "No, never", "salt")]
+    found = ph.rank(rows, selector=Own())
+    assert found.table["reason"].tolist() == ["critical", "duplicate", "low_quality"]
+    assert found.table["weight"].tolist() == [1.0, 1.0, 4.0]

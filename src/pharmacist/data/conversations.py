@@ -1,6 +1,7 @@
 """Parsing of conversations that are text (JSON, Python's notation, transcripts); names of roles."""
 
 import ast
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -74,6 +75,13 @@ def as_list(text: str) -> Any:
         return ast.literal_eval(tree)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return None
+
+
+def without_system(prompt: str, turns: str | None) -> str:
+    """The prompt of a canonical row without system prompts: what is asked, whatever rows of its file begin with."""
+    if turns is None:
+        return prompt
+    return "\n".join(turn["content"] for turn in json.loads(turns) if turn["role"] != "system")
 
 
 def _transcript(text: str) -> Any:

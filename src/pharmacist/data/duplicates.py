@@ -1,8 +1,9 @@
 """Exact and near duplicates in a pool of any size, in flat memory.
 
-Rows are sets of word shingles, those of the prompt kept apart from those of the completion. Two rows are
-near-duplicates if the Jaccard similarity of their sets reaches the threshold and that of prompts and of completions
-reaches half of it: a stock refusal under another prompt, or another answer to the same long prompt, is no duplicate.
+Rows are sets of word shingles, those of the prompt kept apart from those of the completion; system prompts, which many
+rows may have in common, do not count. Two rows are near-duplicates if the Jaccard similarity of their sets reaches the
+threshold and that of prompts and of completions reaches half of it: a stock refusal under another prompt, or another
+answer to the same long prompt, is no duplicate.
 
 Candidates come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., Mining of Massive Datasets,
 chapter 3), are sifted by the similarity that the signatures estimate, and confirmed by the exact one. What grows with
@@ -22,12 +23,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasketch import MinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pharmacist.core.progress import bar, track
 from pharmacist.data.arrays import BoolArray, IntArray, KeyArray
+from pharmacist.data.conversations import without_system
 from pharmacist.data.normalise import normalised_prompt, text_key, visible
 
 
@@ -65,7 +68,7 @@ def find_duplicates(
 
 class _Finder:
     def __init__(self, rows: datasets.Dataset, threshold: float, folder: Path) -> None:
-        self.rows = rows.select_columns(["prompt", "completion"]).with_format("arrow")
+        self.rows = rows.select_columns(["prompt", "turns", "completion"]).with_format("arrow")
         self.threshold, self.folder = threshold, folder
         self.bands, self.band_rows = choose_bands(threshold, PERMUTATIONS)
 
@@ -99,7 +102,7 @@ class _Finder:
             signatures = stack.enter_context((self.folder / "signatures").open("wb"))
             bands = [stack.enter_context((self.folder / f"band{i}").open("wb")) for i in range(self.bands)]
             for table in self.rows.iter(_BATCH):
-                prompts, completions = (table.column(name).to_pylist() for name in ("prompt", "completion"))
+                prompts, completions = _texts(table)
                 batch = np.empty((len(prompts), PERMUTATIONS), dtype=np.uint32)
                 shingles, ends = _shingles(prompts, completions)
                 numbers = (shingles & np.uint64(0xFFFFFFFF)).tolist()
@@ -154,7 +157,7 @@ class _Finder:
         """The exact test."""
         needed, where = np.unique(np.concatenate([a, b]), return_inverse=True)
         table = self.rows[needed]
-        shingles, ends = _shingles(table.column("prompt").to_pylist(), table.column("completion").to_pylist())
+        shingles, ends = _shingles(*_texts(table))
         sets = [np.unique(part) for part in np.split(shingles, ends[:-1])]
         pairs = zip(2 * where[: len(a)], 2 * where[len(a) :], strict=True)
         same = [_similar(sets[i : i + 2], sets[j : j + 2], self.threshold) for i, j in pairs]
@@ -171,6 +174,12 @@ def _similar(one: list[KeyArray], other: list[KeyArray], threshold: float) -> bo
             return False
         shared, total = shared + common, total + union
     return shared >= threshold * total
+
+
+def _texts(rows: pa.Table) -> tuple[list[str], list[str]]:
+    """Prompts, without system prompts, and completions."""
+    prompts, turns, completions = (rows.column(name).to_pylist() for name in ("prompt", "turns", "completion"))
+    return list(map(without_system, prompts, turns)), completions
 
 
 _word = lru_cache(1 << 17)(text_key)

@@ -16,6 +16,7 @@ from pharmacist.core.console import NAMED_ROWS, by_reason
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.core.files import atomic_path
 from pharmacist.core.progress import bar, say, warn
+from pharmacist.data.conversations import without_system
 from pharmacist.data.formats import Row, Source
 from pharmacist.data.formats.text import KeptRows, TextFile
 from pharmacist.data.layouts import OPTIONAL, BadRow, RowReader
@@ -29,7 +30,7 @@ SCHEMA = pa.schema({"row": pa.int64(), **dict.fromkeys(_TEXTS, pa.string()), "pr
 
 ``row``: its number in the source. ``prompt``: the whole prompt as plain text. ``completion``: the last answer.
 ``turns``: JSON list of role and content where the prompt is more than one plain user turn. ``instruction`` and
-``input``: of an Alpaca row that has an input. ``prompt_key``: `prompt_key` of the prompt.
+``input``: of an Alpaca row that has an input. ``prompt_key``: `prompt_key` of the prompt without system prompts.
 """
 
 _FLUSH_ROWS = 4096
@@ -125,7 +126,10 @@ def own_columns(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
     """A dataset of canonical rows from mappings; where ``row`` is missing, it is the position."""
-    made = [{"row": position, **row, "prompt_key": prompt_key(row["prompt"])} for position, row in enumerate(rows)]
+    made = [
+        {"row": position, **row, "prompt_key": prompt_key(without_system(row["prompt"], row.get("turns")))}
+        for position, row in enumerate(rows)
+    ]
     return datasets.Dataset(pa.Table.from_pylist(made, schema=SCHEMA))
 
 
@@ -214,7 +218,7 @@ def read_records(
                 progress.advance(_FLUSH_ROWS)
             try:
                 canonical = reader.read(row)
-                held.append((row.number, *canonical, prompt_key(canonical[0])))
+                held.append((row.number, *canonical, prompt_key(without_system(canonical[0], canonical[2]))))
                 if kept is not None:
                     kept.add(row)
                 characters += len(canonical[0]) + len(canonical[1])

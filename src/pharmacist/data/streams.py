@@ -14,6 +14,7 @@ import torch
 from pharmacist.core.env import process_index, world_size
 from pharmacist.core.seeding import derive
 from pharmacist.data.batches import collate
+from pharmacist.data.normalise import prompt_key
 from pharmacist.data.tokenize import Encoded
 
 
@@ -79,8 +80,9 @@ def pair_rows(
 ) -> dict[int, int]:
     """Finds the harmful partner of each alignment row: ``row`` of an alignment row -> ``row`` of its partner.
 
-    By ``prompt``: equal up to case, white space and final punctuation; where a prompt occurs several times, its n-th
-    alignment row gets the n-th harmful row, over and over. By ``row``: equal row numbers. By ``turn``: the n-th
+    By ``prompt``: equal up to case, white space and final punctuation, with the same system prompt if there is such a
+    row, else with any; where a prompt occurs several times, its n-th alignment row gets the n-th harmful row, over and
+    over. By ``row``: equal row numbers. By ``turn``: the n-th
     alignment row gets the n-th harmful row, over and over, whatever their prompts.
     """
     rows, partners = alignment["row"][:], harmful["row"][:]
@@ -89,11 +91,22 @@ def pair_rows(
     if by == "row":
         known = set(partners)
         return {row: row for row in rows if row in known}
-    of_prompt = defaultdict[int, list[int]](list)
-    for key, partner in zip(harmful["prompt_key"][:], partners, strict=True):
-        of_prompt[key].append(partner)
+    of_prompt = defaultdict[tuple[str, int], list[int]](list)
+    for keys, partner in zip(_prompts(harmful), partners, strict=True):
+        for key in keys:
+            of_prompt[key].append(partner)
     turns = {key: itertools.cycle(found) for key, found in of_prompt.items()}
-    return {row: next(turns[key]) for key, row in zip(alignment["prompt_key"][:], rows, strict=True) if key in turns}
+    pairs: dict[int, int] = {}
+    for row, keys in zip(rows, _prompts(alignment), strict=True):
+        if found := [turns[key] for key in keys if key in turns]:
+            pairs[row] = next(found[0])
+    return pairs
+
+
+def _prompts(rows: datasets.Dataset) -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:
+    """Keys of each row's prompt, with and without system prompts."""
+    for prompt, key in zip(rows["prompt"][:], rows["prompt_key"][:], strict=True):
+        yield ("whole", prompt_key(prompt)), ("asked", key)
 
 
 def _batch(

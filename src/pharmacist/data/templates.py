@@ -6,11 +6,8 @@ evaluation must agree to the last newline.
 
 import json
 import os
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "pharmacist_template.json"
-_RENDERING_SECONDS = 3.0
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -143,39 +139,16 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", kind: str = "auto") ->
 
 
 def check_template(template: Template, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    """Refuses a chat template with which nothing can be rendered: damaged, or without end.
-
-    One that merely refuses these turns is left to the rows.
-    """
+    """Refuses a chat template with which nothing can be rendered; one that refuses these turns is left to the rows."""
     if template.kind != "chat":
         return
     try:
-        with _processor_time(_RENDERING_SECONDS):
-            template._chat([[{"role": "user", "content": "x"}]], tokenizer)
+        template._chat([[{"role": "user", "content": "x"}]], tokenizer)
     except Exception as error:
         if isinstance(error, TemplateError) and not isinstance(error, TemplateSyntaxError):
             return
         reason = one_line(error)
         raise CompatibilityError(f"{name}: its chat template fails ({reason}); fix it or choose alpaca") from error
-
-
-@contextmanager
-def _processor_time(seconds: float) -> Iterator[None]:
-    """Raises a TimeoutError in a block that takes longer; works in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"it has not ended after {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def save_template(folder: str | os.PathLike[str], template: Template) -> None:

@@ -1,8 +1,10 @@
 """Choice of rows by the value of a column: ``--where label=true``."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import datasets
 
 from pharmacist.core.errors import ConfigError, DataError
 from pharmacist.data.formats import Source, spelled
@@ -19,11 +21,13 @@ class Condition:
         column: The column.
         value: The value as text: true, false, a number, NaN, null or a text.
         of: The one source that it applies to (``harmful`` for ``--harmful``); None for all that have the column.
+        number: That of the class with this name, where the column is a `datasets.ClassLabel`, whose cells are numbers.
     """
 
     column: str
     value: str
     of: str | None = None
+    number: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.column}={self.value}"
@@ -35,6 +39,8 @@ class Condition:
             return self.value.lower() in ("null", "none")
         if isinstance(found, list | Mapping | bytes):
             raise TypeError(f"holds {type(found).__name__}")
+        if self.number is not None:
+            return bool(found == self.number)
         text = str(found).strip()
         if text == self.value or {text.lower(), self.value.lower()} in ({"true"}, {"false"}, {"nan"}):
             return True
@@ -65,7 +71,16 @@ def parse_where(texts: Iterable[str]) -> list[Condition]:
 
 def conditions_for(texts: Iterable[str], name: str, source: Source) -> list[Condition]:
     """The conditions (`parse_where`) that hold for one source: those meant for it whose column it has."""
-    return [one for one in parse_where(texts) if one.of in (None, name) and source.has(one.column)]
+    found = [one for one in parse_where(texts) if one.of in (None, name) and source.has(one.column)]
+    return [replace(one, number=_class_number(source, one)) for one in found]
+
+
+def _class_number(source: Source, condition: Condition) -> int | None:
+    if source.schema is None or b"huggingface" not in (source.schema.metadata or {}):
+        return None
+    kind = datasets.Features.from_arrow_schema(source.schema).get(condition.column)
+    named = isinstance(kind, datasets.ClassLabel) and condition.value in kind.names
+    return int(kind.str2int(condition.value)) if named else None
 
 
 def conditions_of(texts: Sequence[str], sources: Mapping[str, Source]) -> dict[str, list[Condition]]:

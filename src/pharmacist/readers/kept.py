@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from pharmacist.core.files import atomic_path
 from pharmacist.data.arrays import FloatArray
@@ -83,7 +83,7 @@ def _kept(path: Path, keys: npt.NDArray[np.uint64], key: str) -> tuple[npt.NDArr
         with safe_open(path, "numpy") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
-        arrays = load_file(path)
+            arrays = {name: file.get_tensor(name) for name in ("keys", "states", "statistics")}
     except SafetensorError:
         return None  # damaged: the model reads the rows
     order = np.argsort(arrays["keys"], kind="stable")

@@ -64,15 +64,19 @@ class Scores:
 
     def __post_init__(self) -> None:
         self.score = np.asarray(self.score, dtype=np.float64)
-        if not len(self.reason):
-            self.reason = np.full(len(self.score), RANKED)
+        self.reason = np.asarray(self.reason) if len(self.reason) else np.full(len(self.score), RANKED)
+        for name in ("informativeness", "weight"):
+            if (values := getattr(self, name)) is not None:
+                setattr(self, name, np.asarray(values, dtype=np.float64))
 
     def check(self, selector: str, rows: int) -> None:
-        """Raises a CompatibilityError unless every row has one value of each kind, in a column of its own."""
+        """Raises a CompatibilityError unless rows have one value of each kind, in columns of their own."""
         own = {name: getattr(self, name) for name in ("score", "reason", "informativeness", "weight")}
         for name, values in (*own.items(), *self.signals.items()):
             if values is not None and len(values) != rows:
                 raise CompatibilityError(f"selector '{selector}': {name} has {len(values)} values for {rows} rows")
+        if self.weight is not None and not (np.isfinite(self.weight) & (self.weight >= 0)).all():
+            raise CompatibilityError(f"selector '{selector}': weight has values that are negative or not finite")
         for name in TABLE_COLUMNS & self.signals.keys():
             raise CompatibilityError(f"selector '{selector}': no signal may be called {name}, like another column")
 

@@ -124,29 +124,18 @@ class Sketch:
 
     def __init__(self, shapes: dict[str, torch.Size], dimensions: int, seed: int, device: torch.device) -> None:
         self.dimensions = dimensions
-        self._order, self._target, self._sign = {}, {}, {}
+        self._order, self._sign = {}, {}
         for name, shape in shapes.items():
             generator = torch.Generator().manual_seed(derive(seed, "sketch", name))
             # Folding takes neighbours apart; the permutation also fills up to a whole number of folds with blanks.
-            size = shape.numel()
-            padded = -(-size // dimensions) * dimensions
-            order = torch.randperm(padded, generator=generator)
+            padded = -(-shape.numel() // dimensions) * dimensions
+            self._order[name] = torch.randperm(padded, generator=generator).to(device)
             sign = torch.randint(0, 2, (padded,), generator=generator) * 2 - 1
-            if padded == dimensions:  # one fold, mostly blanks: only where each number goes
-                target = order.argsort()[:size]
-                self._target[name], sign = target.to(device), sign[target]
-            else:
-                self._order[name] = order.to(device)
             self._sign[name] = sign.to(device, torch.int8)
 
     def __call__(self, name: str, tensors: torch.Tensor) -> torch.Tensor:
         """Projects a batch of tensors called `name`, shape [rows, *shape] -> [rows, dimensions]."""
-        flat = tensors.flatten(1)
-        if name in self._target:
-            spread = flat.new_zeros(len(flat), self.dimensions)
-            spread[:, self._target[name]] = flat * self._sign[name]
-            return spread
-        order = self._order[name]
+        flat, order = tensors.flatten(1), self._order[name]
         flat = torch.nn.functional.pad(flat, (0, len(order) - flat.shape[1]))
         mixed: torch.Tensor = flat[:, order] * self._sign[name]
         return mixed.view(len(flat), -1, self.dimensions).sum(1)

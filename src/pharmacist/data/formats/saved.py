@@ -83,7 +83,9 @@ class Mappings(Source):
     def scan(self, columns: Collection[str] | None = None) -> Iterator[Row]:
         for number, value in enumerate(self.spec):
             if isinstance(value, Mapping):
-                yield Row(number, None, {name: _of_python(cell) for name, cell in value.items()})
+                read = value if columns is None else columns
+                own = {name: _of_python(cell) if name in read else cell for name, cell in value.items()}
+                yield Row(number, None, own)
             else:
                 yield Row(number, None, None, f"is not a mapping of column names to values but {type(value).__name__}")
 
@@ -91,7 +93,9 @@ class Mappings(Source):
 def _of_python(cell: Any) -> Any:
     """A cell with Python's own types: messages may be in a tuple, or in an array, as pandas reads them."""
     if isinstance(cell, np.ndarray | np.number | np.bool_):
-        cell = cell.tolist()
+        cell, whole = cell.tolist(), cell.dtype != object
+        if whole:
+            return cell
     if isinstance(cell, dict):
         return {name: _of_python(inner) for name, inner in cell.items()}
     return list(map(_of_python, cell)) if isinstance(cell, list | tuple) else cell

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -178,13 +178,8 @@ class _Ranking:
         report["twins"]["used"] = used
         score = joint_scores(evidence.score, contrast, evidence.reason) if used else evidence.score
         score, reason = with_labels(score, evidence.reason, labels)
-        return Scores(
-            score,
-            reason,
-            evidence.signals | signals,
-            evidence.report | report,
-            evidence.warnings,
-            evidence.informativeness,
+        return replace(
+            evidence, score=score, reason=reason, signals=evidence.signals | signals, report=evidence.report | report
         )
 
     def _evidence(self) -> Scores:
