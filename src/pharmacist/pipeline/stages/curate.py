@@ -92,7 +92,7 @@ CURATE = Stage(
     summary="rank an alignment pool and write its core subset",
     example="pharmacist curate --pool pool.jsonl --safe safe.jsonl --harmful harmful.jsonl --utility utility.jsonl "
     "--model MODEL --top 0.3 --output-dir runs/core",
-    version=7,
+    version=8,
     files=("pool", *REFERENCES, "labels"),
     models=("model",),
     folders=("embedder",),
