@@ -45,12 +45,7 @@ class Checked:
             value = getattr(self, field.name)
             if "nargs" in field.metadata and not isinstance(value, list | tuple):  # one word need not be in a list
                 value = None if value is None and NoneType in parts_of(hints[field.name]) else [value] if value else []
-            object.__setattr__(self, field.name, checked(self.option_name(field.name), hints[field.name], value))
-
-    @classmethod
-    def option_name(cls, field: str) -> str:
-        """A field as messages name it."""
-        return field
+            object.__setattr__(self, field.name, checked(field.name, hints[field.name], value))
 
 
 def default_of(field: "Field[Any]") -> Any:
