@@ -31,14 +31,11 @@ LABELS = {
 
 
 def read_labels(path: "str | Path | Source", pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
-    """Labels to learn from (`read_entries`): position in `rows` -> reason; a DataError too where all say the same."""
+    """Labels of a pool's rows (`read_entries`): position in `rows` -> reason; a DataError too where there is none."""
     where = f"--labels {path}"
     labels = read_entries(path, pool, rows, where=where)
     if not labels:
         raise DataError(f"{where}: holds no labels; label some rows of to_label.jsonl first")
-    if len(set(labels.values())) == 1:
-        (only,) = set(labels.values())
-        raise DataError(f"{where}: all {len(labels)} labels are '{only}', which teaches nothing; label other rows too")
     position_of = {int(row): position for position, row in enumerate(rows)}
     return {position_of[row]: LABELS[label] for row, label in labels.items()}
 
