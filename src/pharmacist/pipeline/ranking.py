@@ -27,7 +27,7 @@ from pharmacist.pipeline.choosing import Points, choose
 from pharmacist.pipeline.pages import ranking_manifest, read_table
 from pharmacist.pipeline.stages.curate import Diversity
 from pharmacist.report.html import render_ranking
-from pharmacist.selectors.labels import LABELS, labels_of
+from pharmacist.selectors.labels import REASON_OF, labels_of
 
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class Ranking:
             texts=self.records.dataset.select_columns(["prompt", "completion"]),
             manifest=self.manifest,
             categories=[*first, *names] if any(first) else None,
-            labelling={"pool": pool, "rows": self.rows_to_label(), "labels": LABELS, "known": known},
+            labelling={"pool": pool, "rows": self.rows_to_label(), "labels": REASON_OF, "known": known},
         )
 
     def rows_to_label(self) -> list[dict[str, Any]]:
