@@ -305,6 +305,13 @@ def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):
     np.testing.assert_allclose(table["score"], (table["length_place"] + table["k_center_place"]) / 2)
 
 
+def test_categories_are_shown_that_only_late_rows_have(tmp_path):
+    rows = [{"prompt": f"May I stir pot {i}?", "completion": "No."} for i in range(1001)]
+    ranking = ph.rank([*rows, rows[0] | {"category": "cauldrons"}], selector="random", top_k=3)
+    ranking.report(tmp_path / "report.html")
+    assert "cauldrons" in (tmp_path / "report.html").read_text()
+
+
 OPENED: list[str] = []
 sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
 
