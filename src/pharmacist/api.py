@@ -52,7 +52,7 @@ Rows: TypeAlias = str | os.PathLike[str] | datasets.Dataset | pd.DataFrame | Seq
 """A path, a Hub id, a dataset, a data frame or a list of dicts, in any layout that the commands read."""
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | PeftModel
 """A local folder, a Hub id, or a loaded model, which is not modified."""
-Choice: TypeAlias = str | Mapping[str, Any]
+ByName: TypeAlias = str | Mapping[str, Any]
 """The name of a method, or ``{"name": ..., **options}``."""
 Labels: TypeAlias = Mapping[int, str] | Rows
 Weights: TypeAlias = str | os.PathLike[str] | Ranking | Iterable[float]
@@ -112,7 +112,7 @@ def rank(
     labels: Labels | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    selector: Choice | Selector = "pharmacist",
+    selector: ByName | Selector = "pharmacist",
     top: float | None = None,
     top_k: int | None = None,
     min_score: float | None = None,
@@ -160,7 +160,7 @@ def align(
     data: Rows | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    defense: Choice | GradientStrategy = "sft",
+    defense: ByName | GradientStrategy = "sft",
     harmful: Rows | None = None,
     harmful_batch_size: int = 0,
     pair_by: Literal["prompt", "row", "turn"] = "prompt",
@@ -199,10 +199,10 @@ def attack(
     *,
     task: Rows | None = None,
     harmful: Rows | None = None,
-    kind: Choice | Attack = "mix",
+    kind: ByName | Attack = "mix",
     poison_ratio: float = 0.1,
     samples: int = 1000,
-    defense: Choice | GradientStrategy = "sft",
+    defense: ByName | GradientStrategy = "sft",
     safe: Rows | None = None,
     adapter: Literal["fresh", "continue"] = "fresh",
     disjoint_from: Sequence[Rows] = (),
@@ -242,7 +242,7 @@ def repair(
     *,
     aligned: Model | None = None,
     base: Model | None = None,
-    method: Choice | Repair = "safe-lora",
+    method: ByName | Repair = "safe-lora",
     harmful: Rows | None = None,
     safe: Rows | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -279,9 +279,9 @@ def evaluate(
     benign_prompts: Rows | None = None,
     answers: Rows | None = None,
     task: Rows | None = None,
-    task_type: Choice | Grader = "auto",
-    judge: Choice | Judge = "keyword",
-    second_judge: Choice | Judge = "none",
+    task_type: ByName | Grader = "auto",
+    judge: ByName | Judge = "keyword",
+    second_judge: ByName | Judge = "none",
     safe: Rows | Sequence[Rows] | None = None,
     harmful: Rows | Sequence[Rows] | None = None,
     utility: Rows | Sequence[Rows] | None = None,

@@ -371,7 +371,7 @@ def test_bad_input_gets_one_line_and_leaves_the_folder_free(
 
 @pytest.mark.parametrize("ratio", [float("nan"), -1e-9, 1.1])
 def test_shares_out_of_range_are_refused_from_python_too(ratio: float, files: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--poison-ratio .*: must lie in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"^poison_ratio must lie in \[0, 1\]"):
         AttackOptions(model=str(BASE_MODEL), output_dir=str(tmp_path), poison_ratio=ratio, **files)
 
 

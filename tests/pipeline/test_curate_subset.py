@@ -114,6 +114,13 @@ def test_too_few_rows_beside_near_duplicates_are_told_where_more_would_fill(reas
     assert [warning.startswith(text) for warning in shortfall(table, given)] == [True] * told
 
 
+def test_too_few_rows_beside_labelled_ones_are_told_where_all_others_fill():
+    table = pd.DataFrame({"reason": ["low_quality", "ranked", "ranked"], "selected": [True, True, False]})
+    filled, few = shortfall(table, CurateOptions(output_dir="", pool="pool", top_k=3, fill=True))
+    assert filled == "1 of the 2 selected rows are only there to fill the quota: 1 low_quality"
+    assert few == "2 rows are selected, not 3: all others are labelled as bad, which --fill does not overrule"
+
+
 @pytest.mark.parametrize("diversity", ["k-center", "facility-location"])
 def test_diversity_after_any_ranking(files, model, tmp_path, diversity):
     words = ["--selector", "length", "--top-k", "10", "--model", model, "--quiet"]
@@ -296,6 +303,13 @@ def test_mixtures_take_the_options_of_their_parts(files, model, tmp_path):
     assert config == {"name": "length+k-center", "length": {"keep": "shortest"}, "k_center": {"block": 8}}
     table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     np.testing.assert_allclose(table["score"], (table["length_place"] + table["k_center_place"]) / 2)
+
+
+def test_categories_are_shown_that_only_late_rows_have(tmp_path):
+    rows = [{"prompt": f"May I stir pot {i}?", "completion": "No."} for i in range(1001)]
+    ranking = ph.rank([*rows, rows[0] | {"category": "cauldrons"}], selector="random", top_k=3)
+    ranking.report(tmp_path / "report.html")
+    assert "cauldrons" in (tmp_path / "report.html").read_text()
 
 
 OPENED: list[str] = []

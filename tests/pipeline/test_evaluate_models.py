@@ -94,6 +94,21 @@ def test_other_references_of_the_judge_make_a_whole_result(files: list[str], tmp
     check_unchanged(out, *manifest.outputs)
 
 
+def test_models_in_another_order_keep_their_folders(files: list[str], tmp_path: Path) -> None:
+    tiny, out = str(save_tiny_model(tmp_path / "tiny")), tmp_path / "out"
+    words = ["evaluate", *files[:2], "--device", "cpu", "--quiet", "--max-new-tokens", "4", "--output-dir", str(out)]
+    assert main([*words, "--models", str(BASE_MODEL), tiny]) == 0
+    folders = [f"1-{BASE_MODEL.name}", "2-tiny"]
+    before = {path: path.read_bytes() for name in folders for path in (out / name).iterdir() if path.is_file()}
+    for models, shown in ([tiny, str(BASE_MODEL)], folders[::-1]), ([tiny], folders[1:]):
+        assert main([*words, "--models", *models]) == 0
+        assert list(json.loads((out / "metrics.json").read_text())) == shown
+        assert before == {path: path.read_bytes() for path in before}, "nothing is asked again"
+        assert sorted(read_manifest(out).outputs) == [*folders, "metrics.json"]
+    assert main([*words, "--models", tiny, "--overwrite"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["1-tiny", "manifest.json", "metrics.json"]
+
+
 def test_a_missing_model_is_named_before_any_is_asked(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

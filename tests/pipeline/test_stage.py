@@ -103,8 +103,8 @@ def test_bad_input_frees_the_folder_unless_it_holds_costly_results(tmp_path: Pat
 
 def test_options_from_python_are_checked_by_their_types(tmp_path: Path) -> None:
     assert options(tmp_path).stirs == 1
-    for value, message in ((0, "--stirs 0: must be at least 1"), ("much", "--stirs much: must be a whole number")):
-        with pytest.raises(ConfigError, match=message):
+    for value, message in ((0, "stirs must be at least 1, not 0"), ("much", "stirs must be a whole number, not much")):
+        with pytest.raises(ConfigError, match=f"^{message}"):
             options(tmp_path, stirs=value)
 
 

@@ -356,12 +356,12 @@ def test_snapshots_lie_within_the_attack(
     ("grid", "more", "message"),
     [
         ({}, {}, "nothing to sweep over"),
-        ({"learning_rate": "high"}, {}, "--grid.learning_rate high: must be a list"),
+        ({"learning_rate": "high"}, {}, "learning_rate must be a list of numbers, written .*, not high"),
         ({"learning_rate": [1e-3, 1e-3]}, {}, "--grid.learning_rate: 0.001 is given twice"),
         ({"epochs": [1]}, {}, "--train.max_steps decides the length already"),
         ({"rank": [4]}, {"tuning": "full"}, "--grid.rank: there is no adapter"),
         ({"rank": [4]}, {"adapter": "continue"}, "--grid.rank: an adapter that is continued"),
-        ({"learning_rate": [1e-3]}, {"accuracy_margin": -1.0}, "--accuracy-margin -1.0: must not be negative"),
+        ({"learning_rate": [1e-3]}, {"accuracy_margin": -1.0}, "accuracy_margin must not be negative, not -1.0"),
         ({"learning_rate": [1e-3]}, {"evaluate": {"prompts": "x"}}, "--evaluate.task must be given"),
         (
             {"learning_rate": [1e-3]},
@@ -413,7 +413,7 @@ def test_a_kind_of_another_package_is_swept_over_its_ratio(
     ("grid", "more", "message"),
     [
         ({"poison_ratio": [0.1, 1.0]}, {"samples": 30}, "30 harmful rows are requested, but there are only 20"),
-        ({"poison_ratio": [0.1, 1.1]}, {}, r"--poison-ratio 1.1: must lie in \[0, 1\]"),
+        ({"poison_ratio": [0.1, 1.1]}, {}, r"poison_ratio must lie in \[0, 1\], not 1.1"),
         ({"poison_ratio": [0.1]}, {"kind": {"name": "benign"}}, "--grid.poison_ratio: the kind benign"),
         ({"learning_rate": [1e-3, -1.0]}, {}, "train.learning_rate: -1.0 must be at least 0"),
         (

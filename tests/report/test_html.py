@@ -268,9 +268,9 @@ def test_rows_to_label(tmp_path: Path) -> None:
 
 
 def test_a_key_per_label() -> None:
-    from pharmacist.selectors.labels import LABELS
+    from pharmacist.selectors.labels import REASON_OF
 
-    keys = [name[0] for name in LABELS] + ["s", "u", "q"]
+    keys = [name[0] for name in REASON_OF] + ["s", "u", "q"]
     assert len(set(keys)) == len(keys), "the page and the terminal take the first letter"
 
 

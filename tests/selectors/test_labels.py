@@ -64,7 +64,6 @@ MISTAKES = {
     "two labels": ([GOOD, BAD, {"row": 1, "label": "harmful"}], "row 1 has two labels"),
     "the same label twice": ([GOOD, BAD, GOOD], "row 1 has two labels"),
     "no entry": ([GOOD, "good"], "entry 1: 'good' is no object with row and label"),
-    "all alike": ([GOOD, {"row": 2, "label": "good"}], "all 2 labels are 'good', which teaches nothing"),
     "nothing": ([], "holds no labels; label some rows"),
     "no list": ({"1": "good"}, "write it as"),
 }
@@ -299,6 +298,18 @@ def test_what_labels_changed_is_said(files, tmp_path, capsys):
     assert "AUC on 40 labelled rows:" in said and "with those of other prompts" in said
     report = read_manifest(tmp_path / "out").extra["selector_report"]["labels"]
     assert (report["labels"], report["good"]) == (40, 8) and report["advice"] in said
+
+
+@pytest.mark.parametrize("label", ["harmful", "good"])
+def test_labels_may_all_say_the_same(files, tmp_path, label):
+    assert main(words(files, tmp_path / "out", "--selector.readers", "lexical", "--quiet")) == 0
+    best = table(tmp_path / "out").sort_values("rank")["row"].tolist()[:2]
+    alike = [{"row": row, "label": label} for row in best]
+    path = str(written(tmp_path / "labels.json", alike, fingerprint(tmp_path / "out")))
+    for selector in (("--selector.readers", "lexical"), ("--selector", "length", "--top", "1")):
+        assert main(words(files, tmp_path / selector[1], *selector, "--labels", path, "--quiet")) == 0
+        found = table(tmp_path / selector[1]).set_index("row")
+        assert (found["selected"][best] == (label == "good")).all()
 
 
 # --- a quota that cannot be filled, and several files ---------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 from pharmacist.core.console import without_credentials
 from pharmacist.core.errors import ConfigError
-from pharmacist.core.naming import flag
 from pharmacist.core.typed import AtLeast0, Checked, Given, NotNegative
 
 
@@ -42,11 +41,6 @@ class RunOptions(Checked):
         if "://" in self.output_dir:
             raise ConfigError(f"--output-dir {self.output_dir}: must be a folder, such as one that all machines share")
         self.output_dir = os.path.expanduser(self.output_dir)
-
-    @classmethod
-    def option_name(cls, field: str) -> str:
-        """A field as messages name it: the command line's option."""
-        return flag(field)
 
 
 @dataclass(kw_only=True)

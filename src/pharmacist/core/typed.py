@@ -45,21 +45,16 @@ class Checked:
             value = getattr(self, field.name)
             if "nargs" in field.metadata and not isinstance(value, list | tuple):  # one word need not be in a list
                 value = None if value is None and NoneType in parts_of(hints[field.name]) else [value] if value else []
-            object.__setattr__(self, field.name, checked(self.option_name(field.name), hints[field.name], value))
+            object.__setattr__(self, field.name, checked(field.name, hints[field.name], value))
 
     def refuse_unused(self, *names: str, because: str) -> None:
         """Refuses options that the value of another one, `because`, makes useless, unless they have their defaults."""
         for field in fields(self):  # type: ignore[arg-type]
             if field.name in names and (value := getattr(self, field.name)) != default_of(field):
                 raise ConfigError(
-                    f"{self.option_name(field.name)} {value}: has no effect with {because} {getattr(self, because)}; "
+                    f"{field.name} {value}: has no effect with {because} {getattr(self, because)}; "
                     "change that, or leave it out"
                 )
-
-    @classmethod
-    def option_name(cls, field: str) -> str:
-        """A field as messages name it."""
-        return field
 
 
 def default_of(field: "Field[Any]") -> Any:

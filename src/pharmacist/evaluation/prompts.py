@@ -10,6 +10,7 @@ from pharmacist.core.env import offline
 from pharmacist.core.errors import DataError
 from pharmacist.data.formats import Source, open_source
 from pharmacist.data.normalise import prompt_key
+from pharmacist.data.records import Records
 
 
 Row = Mapping[str, Any]
@@ -138,3 +139,9 @@ def category_names(row: Row | None, columns: tuple[str, ...] = ("category", "cat
         # Lone surrogates, which no file can hold, are spelled out.
         return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
     return []
+
+
+def categories_of(rows: Records) -> list[list[str]]:
+    """Categories of each row, where its file has such a column; else nothing."""
+    found = [category_names(row) for row in rows.originals({"category", "categories"})]
+    return found if any(found) else []

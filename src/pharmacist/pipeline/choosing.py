@@ -169,16 +169,18 @@ def shortfall(table: pd.DataFrame, options: CurateOptions) -> list[str]:
         return []
     k, selected = number_of(options, len(table)), int(table["selected"].sum())
     chosen = table["reason"][table["selected"]]
-    bad = chosen[~chosen.isin(GOOD_REASONS)].value_counts()
+    bad, found = chosen[~chosen.isin(GOOD_REASONS)].value_counts(), list[str]()
     if len(bad):
         named = ", ".join(f"{n} {reason}" for reason, n in bad.items())
-        return [f"{int(bad.sum())} of the {selected} selected rows are only there to fill the quota: {named}"]
+        found.append(f"{int(bad.sum())} of the {selected} selected rows are only there to fill the quota: {named}")
+    few = f"{selected} rows are selected, not {k}"
     near = options.diversity == "near-duplicates"  # of which too few may be there, however good all are
-    if selected < k and not options.fill and not (near and table["reason"].isin(GOOD_REASONS).all()):
+    if selected < k and options.fill and not near:
+        found.append(f"{few}: all others are labelled as bad, which --fill does not overrule")
+    elif selected < k and not options.fill and not (near and table["reason"].isin(GOOD_REASONS).all()):
         others = "all others are near-duplicates or do not" if near else "no others"
-        few = f"{selected} rows are selected, not {k}: {others} look worth keeping"
-        return [f"{few}; --fill takes the next best all the same"]
-    return []
+        found.append(f"{few}: {others} look worth keeping; --fill takes the next best all the same")
+    return found
 
 
 def changed_by_labels(table: pd.DataFrame, options: CurateOptions, points: Points | None, pool: str) -> dict[str, int]:

@@ -19,7 +19,7 @@ from pharmacist.nn.distributed import barrier
 from pharmacist.pipeline.pages import ranking_manifest, read_table
 from pharmacist.pipeline.stages.curate import KNOWN_LABELS, KnownLabelsOptions, LabelOptions
 from pharmacist.report import words
-from pharmacist.selectors.labels import LABELS, labels_of, read_entries, write_labels
+from pharmacist.selectors.labels import REASON_OF, labels_of, read_entries, write_labels
 
 
 _SKIP, _UNDO, _QUIT = _OTHERS = ("skip", "undo", "quit")
@@ -77,9 +77,9 @@ def label(options: LabelOptions) -> dict[int, str]:
             pass
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); choose another file") from error
-    width = max(map(len, LABELS))
+    width = max(map(len, REASON_OF))
     _say(f"{len(asked)} rows to label; answer with a label or its first letter, then Enter.")
-    _say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in LABELS.items()))
+    _say(*(f"  {name:<{width}}  {words.REASONS[reason].meaning}" for name, reason in REASON_OF.items()))
     _ask(asked, labels, keep=lambda: write_labels(output, pool, labels))
     given = quote(str(output))
     kept = f"labels in {output}; give them to the command that made the ranking: --labels {given}"
@@ -107,7 +107,7 @@ def _ask(asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None])
         row = waiting[len(past)]
         done = sum(one["row"] in labels for one in asked)
         hidden = f"row {row['row']}, {done} of {len(asked)} labelled: Enter shows it"
-        said = _answer(f"{', '.join(LABELS) if shown is row else hidden}, or skip, undo, quit > ")
+        said = _answer(f"{', '.join(REASON_OF) if shown is row else hidden}, or skip, undo, quit > ")
         if said is None or (said and _QUIT.startswith(said)):
             return
         if not said:
@@ -124,7 +124,7 @@ def _ask(asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None])
                 keep()
         elif _SKIP.startswith(said):
             past.append(False)
-        elif found := [name for name in LABELS if name.startswith(said)]:
+        elif found := [name for name in REASON_OF if name.startswith(said)]:
             if shown is not row:
                 _say("not seen yet; Enter shows it")
                 continue
@@ -132,7 +132,7 @@ def _ask(asked: Sequence[Any], labels: dict[int, str], keep: Callable[[], None])
             keep()
             past.append(True)
         else:
-            _say(f"'{plain(said)}' is none of {', '.join((*LABELS, *_OTHERS))}")
+            _say(f"'{plain(said)}' is none of {', '.join((*REASON_OF, *_OTHERS))}")
     skipped = past.count(False)
     _say(f"all rows are done{f', {skipped} of them skipped' if skipped else ''}")
 

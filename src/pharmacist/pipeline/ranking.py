@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +22,18 @@ from pharmacist.core.naming import naming_arguments
 from pharmacist.data.formats import IN_MEMORY, Source, open_source
 from pharmacist.data.records import Records, own_columns, parse_columns, read_records
 from pharmacist.data.where import conditions_for
-from pharmacist.evaluation.prompts import category_names
+from pharmacist.evaluation.prompts import categories_of
 from pharmacist.pipeline.choosing import Points, choose
 from pharmacist.pipeline.pages import ranking_manifest, read_table
 from pharmacist.pipeline.stages.curate import Diversity
 from pharmacist.report.html import render_ranking
-from pharmacist.selectors.labels import LABELS, labels_of
+from pharmacist.selectors.labels import REASON_OF, labels_of
 
 
 if TYPE_CHECKING:
     import datasets
 
 _COLUMNS = ("row", "score", "rank", "selected", "reason")
-_FIRST = 1000
-"""Number of rows in which a pool with categories must show one."""
 _BARS = 40
 
 
@@ -207,17 +204,14 @@ class Ranking:
 
     def report(self, path: str | Path) -> None:
         """Writes the HTML report."""
-        # A row has any number of categories. A long pool without any is not read to its end.
-        names = map(category_names, self.records.originals({"category", "categories"}))
-        first = list(islice(names, _FIRST))
         known, pool = labels_of(self.table), self.source.fingerprint()
         render_ranking(
             Path(path),
             scores=self.table,
             texts=self.records.dataset.select_columns(["prompt", "completion"]),
             manifest=self.manifest,
-            categories=[*first, *names] if any(first) else None,
-            labelling={"pool": pool, "rows": self.rows_to_label(), "labels": LABELS, "known": known},
+            categories=categories_of(self.records) or None,
+            labelling={"pool": pool, "rows": self.rows_to_label(), "labels": REASON_OF, "known": known},
         )
 
     def rows_to_label(self) -> list[dict[str, Any]]:

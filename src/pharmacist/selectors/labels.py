@@ -20,7 +20,7 @@ from pharmacist.selectors.base import CRITICAL
 if TYPE_CHECKING:
     from pharmacist.data.formats import Source
 
-LABELS = {
+REASON_OF = {
     "good": CRITICAL,
     "harmful": "teaches_compliance",
     "over_refusal": "over_refusal",
@@ -31,16 +31,13 @@ LABELS = {
 
 
 def read_labels(path: "str | Path | Source", pool: str, rows: Sequence[int] | IntArray) -> dict[int, str]:
-    """Labels to learn from (`read_entries`): position in `rows` -> reason; a DataError too where all say the same."""
+    """Labels of a pool's rows (`read_entries`): position in `rows` -> reason; a DataError too where there is none."""
     where = f"--labels {path}"
     labels = read_entries(path, pool, rows, where=where)
     if not labels:
         raise DataError(f"{where}: holds no labels; label some rows of to_label.jsonl first")
-    if len(set(labels.values())) == 1:
-        (only,) = set(labels.values())
-        raise DataError(f"{where}: all {len(labels)} labels are '{only}', which teaches nothing; label other rows too")
     position_of = {int(row): position for position, row in enumerate(rows)}
-    return {position_of[row]: LABELS[label] for row, label in labels.items()}
+    return {position_of[row]: REASON_OF[label] for row, label in labels.items()}
 
 
 def labels_fingerprint(path: "str | Path | Source") -> str:
@@ -76,8 +73,8 @@ def read_entries(
         row, label = entry.get("row"), entry.get("label")
         if isinstance(row, bool) or not isinstance(row, Integral) or row not in usable:
             raise DataError(f"{where}: entry {number}: the pool has no usable row {row!r}; delete the entry")
-        if not isinstance(label, str) or label not in LABELS:
-            raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(LABELS)}")
+        if not isinstance(label, str) or label not in REASON_OF:
+            raise DataError(f"{where}: entry {number}, row {row}: label {label!r} is none of {', '.join(REASON_OF)}")
         if row in found:
             raise DataError(f"{where}: row {row} has two labels; keep one of them")
         found[int(row)] = label
@@ -110,7 +107,7 @@ def labels_of(scores: pd.DataFrame) -> dict[int, str]:
     """Row number -> label, of the labels that a ranking was made with (column ``label`` of ``scores.parquet``)."""
     if "label" not in scores:
         return {}
-    label_of = {reason: label for label, reason in LABELS.items()}
+    label_of = {reason: label for label, reason in REASON_OF.items()}
     known = scores[scores["label"].isin(label_of)]
     return {int(row): label_of[reason] for row, reason in zip(known["row"], known["label"], strict=True)}
 

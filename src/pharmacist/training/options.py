@@ -38,11 +38,6 @@ class LoraOptions(Checked):
     """Modules to adapt, given by the ends of their names (q_proj v_proj); by default all linear layers except the
     output head."""
 
-    @classmethod
-    def option_name(cls, field: str) -> str:
-        """A field as messages name it."""
-        return f"lora.{field}"
-
     def config(self) -> "LoraConfig":
         """PEFT's configuration of the adapter."""
         from peft import LoraConfig

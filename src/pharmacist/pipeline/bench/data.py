@@ -15,7 +15,7 @@ from pharmacist.nn.models import model_fingerprint
 from pharmacist.pipeline.bench.options import PoolEntry
 from pharmacist.pipeline.bench.stages import Input
 from pharmacist.selectors.base import CRITICAL
-from pharmacist.selectors.labels import LABELS, read_entries
+from pharmacist.selectors.labels import REASON_OF, read_entries
 from pharmacist.worlds import BASE_MODEL, SETS, World, json_lines
 
 
@@ -100,7 +100,7 @@ class Data:
             rows, file = [row.number for row in source.scan()], self.encoder(pool.labels, who)
             known = read_entries(file.source, source.fingerprint(), rows, where=f"{who} {pool.labels}")
             self.labels[f"labels {pool.name}"] = file.content
-            self.worth_keeping[pool.name] = {row: LABELS[label] == CRITICAL for row, label in known.items()}
+            self.worth_keeping[pool.name] = {row: REASON_OF[label] == CRITICAL for row, label in known.items()}
 
     def _local(self, path: Path, what: str) -> Input:
         path = path.resolve()

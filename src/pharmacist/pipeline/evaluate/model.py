@@ -17,9 +17,10 @@ from pharmacist.evaluation.endpoint import count_reasons
 from pharmacist.evaluation.evaluator import Evaluation, Evaluator
 from pharmacist.evaluation.general import lm_eval, loss_margin, perplexity_drift
 from pharmacist.evaluation.graders import GRADERS, detect_grader
+from pharmacist.evaluation.prompts import categories_of
 from pharmacist.evaluation.reasoning import CUT, ENDED
 from pharmacist.nn.distributed import from_main
-from pharmacist.pipeline.evaluate.reading import EvaluateInputs, categories_of, reference_rows, without_reasoning
+from pharmacist.pipeline.evaluate.reading import EvaluateInputs, reference_rows, without_reasoning
 from pharmacist.pipeline.evaluate.summary import summarise
 from pharmacist.pipeline.rows import load, model_options
 from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions

@@ -19,7 +19,7 @@ from pharmacist.evaluation.engines.transformers import TransformersEngine
 from pharmacist.evaluation.general import check_lm_eval
 from pharmacist.evaluation.graders import GRADERS, Grader
 from pharmacist.evaluation.judges import JUDGES, Judge
-from pharmacist.evaluation.prompts import category_names, open_prompts
+from pharmacist.evaluation.prompts import open_prompts
 from pharmacist.evaluation.reasoning import separate
 from pharmacist.evaluation.text import missing, writable
 from pharmacist.pipeline.rows import PROMPT_COLUMNS, open_references, read
@@ -201,12 +201,6 @@ def reference_rows(records: Mapping[str, Records]) -> dict[str, list[dict[str, A
 def without_reasoning(records: Records) -> list[dict[str, Any]]:
     """Rows whose completions are without reasoning, as the answers that are judged and graded."""
     return [row | {"completion": separate(row["completion"]).answer} for row in records.dataset.to_list()]
-
-
-def categories_of(records: Records) -> list[list[str]]:
-    """Categories of harmful prompts, where their file has such a column; else nothing."""
-    found = [category_names(row) for row in records.originals()]
-    return found if any(found) else []
 
 
 def _with_answers(records: Records, column: str, on_bad_row: str) -> tuple[Records, list[Answer]]:

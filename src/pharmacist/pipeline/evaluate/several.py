@@ -52,33 +52,39 @@ def evaluate_models(options: EvaluateOptions) -> dict[str, Any]:
         for model in models:
             engine.fingerprint(model)  # a model that is missing is named before hours are spent on the others
         found: dict[str, Any] = {}
-        names = folder_names(models)
-        run.claim(*names)
-        for name, model in zip(names, models, strict=True):
+        names = folder_names(models, run.manifest.extra.get("models", {}))
+        run.record(extra={"models": names})
+        run.claim(*names.values())
+        for model in dict.fromkeys(models):
+            name = names[model]
             say(f"{name}: {plain(model)}")
             where = str(run.path(name))
             own = replace(options, model=model, models=None, quiet=True, overwrite=False, output_dir=where)
             with made_from({}):
                 found[name] = evaluate_model(own)
-        if run.complete and not output_files(run.root, [*found]).items() <= run.manifest.files.items():
+        folders = [name for name in names.values() if run.path(name).is_dir()]  # of models that were named before too
+        if run.complete and not output_files(run.root, folders).items() <= run.manifest.files.items():
             run.begin_again()  # a model's own run was made again, with other references say
         if process_index() == 0:
             write_json(run.path("metrics.json"), found)
         partial = any(read_manifest(run.path(name)).status == "partial" for name in found)
-        run.finish(outputs=["metrics.json", *found], metrics=found, partial=partial)
+        run.finish(outputs=["metrics.json", *folders], metrics=found, partial=partial)
         _show(found)
         say(f"metrics {plain(run.path('metrics.json'))}")
         return found
 
 
-def folder_names(models: Sequence[str]) -> list[str]:
-    """A folder name per model: its position and the last part of its path or Hub id.
+def folder_names(models: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
+    """Model -> name of its folder: a number and the last part of its path or Hub id; those that are `known` stay.
 
-    >>> folder_names(["org/base-1B", "runs/a/model", "runs/b/model"])
-    ['1-base-1B', '2-model', '3-model']
+    >>> folder_names(["org/base-1B", "runs/b/model", "runs/a/model"], {"runs/a/model": "1-model"})
+    {'runs/a/model': '1-model', 'org/base-1B': '2-base-1B', 'runs/b/model': '3-model'}
     """
-    last = [re.sub(r"[^\w.-]+", "-", Path(model).name) or "model" for model in models]
-    return [f"{number}-{name}" for number, name in enumerate(last, start=1)]
+    found = dict(known)
+    for model in models:
+        last = re.sub(r"[^\w.-]+", "-", Path(model).name) or "model"
+        found.setdefault(model, f"{len(found) + 1}-{last}")
+    return found
 
 
 def _show(found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -33,8 +33,8 @@ class CurateOptions(RunOptions, ChosenRowOptions, LengthOptions):
     """Utility references: benign prompt, helpful answer. They help to detect over-refusals."""
     labels: str | None = None
     """Human labels of some rows of the pool (labels.json), from the HTML report or `pharmacist label`. The selector
-    pharmacist learns from them; with every selector, no row labelled bad is selected. A finished ranking is updated in
-    seconds."""
+    pharmacist learns from them, and updates a finished ranking in seconds; with every selector, no row labelled bad is
+    selected."""
     to_label: AtLeast0 = 40
     """Number of rows to write to to_label.jsonl, those whose labels are most informative; 0 writes none."""
     model: str | None = None

@@ -28,11 +28,6 @@ class GridOptions(Checked):
     rank: list[int] = field(default_factory=list)
     """Values for lora.r; lora.alpha changes in proportion, so that alpha / r stays the same."""
 
-    @classmethod
-    def option_name(cls, field: str) -> str:
-        """A field as messages name it."""
-        return f"--grid.{field}"
-
 
 @dataclass(kw_only=True)
 class SweepOptions(AttackOptions):
