@@ -45,6 +45,7 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             remove(run.path("judge"))  # of a judge before this one
             learned = "judge" in inputs.judges and inputs.judges["judge"].save(run.path("judge"))
             outputs = ["metrics.json", "items.jsonl", *(["judge"] if learned else [])]
+            outputs += ["replies"] if run.path("replies").is_dir() else []
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
             summarise(found.metrics, run.root, options)
             if found.missing:
@@ -75,7 +76,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     if options.task is None and options.task_type["name"] != "auto":
         say(f"--task-type {options.task_type['name']}: not used without --task")
     for judge in judges.values():
-        judge.work = run.work("verdicts")
+        judge.work, judge.replies = run.work("verdicts"), run.path("replies")
         with run.phase("train judge"):
             judge.fit(references)
     told = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
@@ -84,7 +85,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     if "task" in prompts:
         prompts["task"] = without_reasoning(records["task"])
         grader = inputs.grader or GRADERS.build(detect_grader([row["completion"] for row in prompts["task"]]), {})
-        grader.work = run.work("verdicts")
+        grader.replies = run.path("replies")
     evaluator = Evaluator(
         **prompts,
         judge=judges.get("judge"),
