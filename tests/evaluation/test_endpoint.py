@@ -46,7 +46,6 @@ BAD = {
     "gigantic": Raw(reply("root " * 4_000_000)),
     "a bomb": Raw(zlib.compress(b" " * 40_000_000), headers={"Content-Encoding": "deflate"}),
     "shorter than said": Raw(b"{}", headers={"Content-Length": "100"}),
-    "drop by drop": Raw(reply(), pause=0.05),
     "a list": Raw(b"[]"),
     "a number": Raw(b"7"),
     "nothing": Raw(b""),
@@ -70,18 +69,26 @@ BAD = {
 def test_one_bad_reply_is_one_unscored_item(tmp_path: Path) -> None:
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": name}) + "\n" for name in ["well", *BAD]))
-    fast = ["--engine.timeout", "3", "--engine.attempts", "1", "--engine.concurrency", "8"]
+    once = ["--engine.timeout", "120", "--engine.attempts", "1", "--engine.concurrency", "8"]
     with serve(lambda question, before: BAD.get(question, GOOD)) as served:
-        assert main([*command(served.url, {"prompts": str(rows)}, tmp_path / "o"), *fast]) == 0
+        assert main([*command(served.url, {"prompts": str(rows)}, tmp_path / "o"), *once]) == 0
     found = items(tmp_path / "o")
     assert [item["prompt"] for item in found if "error" not in item] == ["well"]
     assert [item["harmful"] for item in found] == [True, *[None] * len(BAD)]
     reasons = {item["prompt"]: item.get("error", "") for item in found}
-    assert reasons["drop by drop"] == "timed out" and reasons["gigantic"] == "reply of more than 16 MiB"
+    assert reasons["gigantic"] == "reply of more than 16 MiB"
     assert reasons["a teapot"] == "HTTP 418: short and stout"
     assert max(map(len, reasons.values())) < 300
     score = metrics(tmp_path / "o")["harmful_score"]
     assert (score["n"], score["unscored"], score["unanswered"]) == (1, len(BAD), len(BAD))
+
+
+def test_a_reply_that_comes_drop_by_drop_times_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The time is that of the whole reply, of which a byte comes in every pause."""
+    with serve(lambda question, before: Raw(reply(), pause=0.2)) as served:
+        words = command(served.url, {"prompts": prompts(tmp_path, "a")}, tmp_path / "o")
+        assert main([*words, "--engine.timeout", "2", "--engine.attempts", "1"]) == 2
+    assert "answered none of 1 prompts (1 x timed out)" in capsys.readouterr().err
 
 
 def test_an_address_that_takes_no_connection_ends_the_run(

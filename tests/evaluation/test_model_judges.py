@@ -10,6 +10,7 @@ from transformers import LlamaForSequenceClassification
 
 from pharmacist.cli.main import main
 from pharmacist.core.errors import CompatibilityError, ConfigError, DataError
+from pharmacist.core.manifest import read_manifest
 from pharmacist.evaluation.answers import Answer
 from pharmacist.evaluation.evaluator import Evaluator
 from pharmacist.evaluation.judges import JUDGES, JudgeItem, Verdict
@@ -393,7 +394,7 @@ def test_rubric_failures_are_unscored_and_every_item_is_judged_once(tmp_path: Pa
     items = [JudgeItem("how", f"answer {word}") for word in words]
     with serve(behave) as served:
         judge = rubric(served.url)
-        judge.work = tmp_path / "verdicts"
+        judge.replies = tmp_path / "replies"
         judge.fit({})
         found = judge.judge(items)
         asked = sum(served.asked.values())
@@ -403,8 +404,8 @@ def test_rubric_failures_are_unscored_and_every_item_is_judged_once(tmp_path: Pa
         assert found[7].refused is True
         assert judge.report()["failures"] == {"HTTP 500": 1, "verdict cannot be read": 1}
         again = rubric(served.url)
-        again.work = tmp_path / "verdicts"
-        with (tmp_path / "verdicts/strongreject.jsonl").open("a") as file:
+        again.replies = tmp_path / "replies"
+        with (tmp_path / "replies/strongreject.jsonl").open("a") as file:
             file.write('{"key": "torn by a k')
         assert again.judge(items) == found
         assert sum(served.asked.values()) == asked + 2  # only what had failed on the way
@@ -434,6 +435,26 @@ def test_a_rubric_judge_without_any_verdict(tmp_path: Path, capsys: pytest.Captu
     assert main(words) == 0  # with the keyword judge, on the answers that are there
     with pytest.raises(DataError, match="does not respond"):
         rubric("http://127.0.0.1:9/v1").judge(ITEMS)
+
+
+def test_replies_are_paid_for_once(tmp_path: Path) -> None:
+    """By the same judge with another threshold, and as the second judge of a finished evaluation."""
+    rows, out = tmp_path / "answers.jsonl", tmp_path / "o"
+    rows.write_text("".join(json.dumps(item._asdict()) + "\n" for item in ITEMS))
+    words = ["evaluate", "--answers", str(rows), "--quiet", "--output-dir", str(out)]
+
+    def judged(option: str, *more: str) -> Any:
+        asks = [option, "strongreject", f"{option}.base_url", served.url, f"{option}.model", "grader", *more]
+        assert main([*words, *asks]) == 0
+        return json.loads((out / "metrics.json").read_text())
+
+    with serve(lambda question, before: '{"refused": 0, "convincing": 4, "specific": 3}') as served:
+        assert judged("--judge")["harmful_score"]["count"] == len(ITEMS)
+        asked = sum(served.asked.values())
+        assert judged("--judge", "--judge.threshold", "0.9")["harmful_score"]["count"] == 0
+        assert judged("--second-judge")["judge_agreement"]["n"] == len(ITEMS)
+        assert sum(served.asked.values()) == asked and not (out / "work").exists()
+        assert "replies/strongreject.jsonl" in read_manifest(out).files
 
 
 def test_what_an_llm_judge_demands_is_told_as_an_option() -> None:

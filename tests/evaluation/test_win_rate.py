@@ -60,7 +60,7 @@ def prefers(question: str, before: int) -> Any:
 def win_rate(url: str, work: Path | None = None, **more: Any) -> Any:
     options = {"base_url": url, "model": "grader", "max_wait": 0.02, "attempts": 2, "timeout": 5.0}
     task = GRADERS.build("win-rate", options | more)
-    task.work = work
+    task.replies = work
     return task
 
 

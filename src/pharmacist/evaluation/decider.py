@@ -17,7 +17,9 @@ class Decider(Method):
     option: str
     """Option of the command line that chooses it, for messages."""
     work: Path | None = None
-    """Folder in which costly verdicts are kept as they arrive; set by the stage."""
+    """Folder of partial state, which is deleted after the run; set by the stage."""
+    replies: Path | None = None
+    """Folder in which an endpoint's replies are kept as they arrive, for later runs too; set by the stage."""
     missing: int = 0
     """Number of verdicts that an endpoint failed to give, which another call asks for again."""
 

@@ -129,7 +129,7 @@ class Evaluator:
         deciders = [one for one in (self.judge, self.second_judge, self.grader) if one is not None]
         for decider in deciders:
             decider.missing = 0
-        by_set = {name: [self._item(name, *one) for one in enumerate(found)] for name, found in answers.items()}
+        by_set = {name: [self._item(name, *one) for one in enumerate(answers[name])] for name in self.rows}
         verdicts = self._verdicts({name: own for name, own in by_set.items() if name != "task"})
         for name, own in by_set.items():
             metrics |= self._grade(own) if name == "task" else self._judge(name, own, verdicts[name])
@@ -144,12 +144,10 @@ class Evaluator:
 
     def _item(self, name: str, position: int, answer: Answer) -> dict[str, Any]:
         row = self.rows[name][position]
-        number = row_number(row, position)
-        # The id holds number and text, so that files of different prompt sets are never paired.
         item = {
-            "id": f"{name}:{number}:{prompt_key(row['prompt']):016x}",
+            "id": _id(name, position, row),
             "set": name,
-            "row": number,
+            "row": row_number(row, position),
             "prompt": row["prompt"],
             "answer": answer.text,
             "tokens": answer.tokens,
@@ -159,20 +157,15 @@ class Evaluator:
             item["categories"] = list(self.categories[position])
         return item | {name: getattr(answer, name) for name in _OPTIONAL if getattr(answer, name)}
 
-    def answers_of(self, items: Iterable[Mapping[str, Any]]) -> dict[str, list[Answer]]:
+    def answers_of(self, items: Sequence[Mapping[str, Any]]) -> dict[str, list[Answer]]:
         """The answers that `assess` wrote into items, for another judge; a DataError for other prompts."""
         found: dict[str, list[Answer]] = {name: [] for name in self.rows}
+        if [item["id"] for item in items] != [_id(name, *one) for name in found for one in enumerate(self.rows[name])]:
+            raise DataError("items.jsonl does not hold the answers to these prompts; --overwrite evaluates again")
         for item in items:
             more = {name: item[name] for name in _OPTIONAL if name in item}
             answer = Answer(item["answer"], item["tokens"], item["finished"], **more, separated=True)
-            answers = found.get(item["set"])
-            if answers is None or len(answers) >= len(self.rows[item["set"]]):
-                raise DataError("items.jsonl contains answers to other prompts; --overwrite evaluates again")
-            if self._item(item["set"], len(answers), answer)["id"] != item["id"]:
-                raise DataError(f"items.jsonl: {item['id']} is not a prompt of this run; --overwrite evaluates again")
-            answers.append(answer)
-        if any(len(answers) < len(self.rows[name]) for name, answers in found.items()):
-            raise DataError("items.jsonl lacks answers; --overwrite evaluates again")
+            found[item["set"]].append(answer)
         return found
 
     def _verdicts(self, judged: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, list[Verdict]]]:
@@ -228,3 +221,8 @@ class Evaluator:
         for item, grade in zip(answered, grades, strict=True):
             item["grade"] = grade._asdict()
         return self.grader.metrics(grades, len(items) - len(grades)) | rates("task", items, {})
+
+
+def _id(name: str, position: int, row: Mapping[str, Any]) -> str:
+    """The id of an item: number and text of its prompt, so that files of different prompt sets are never paired."""
+    return f"{name}:{row_number(row, position)}:{prompt_key(row['prompt']):016x}"

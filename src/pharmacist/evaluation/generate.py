@@ -178,8 +178,11 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: li
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
 
     def decode(ids: list[list[int]], new_tokens: int, ends: list[int]) -> list[tuple[list[int], bool]]:
+        input_ids, mask = (tensor.to(model.device) for tensor in pad(ids, fill, left=True))
+        how: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
         try:
-            return _decode_batch(model, fill, ids, new_tokens, ends)
+            output = model.generate(input_ids=input_ids, attention_mask=mask, **how)
+            return [until_end(row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
         except torch.cuda.OutOfMemoryError:
             if len(ids) == 1:
                 raise
@@ -196,15 +199,6 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: li
     finally:
         model.generation_config = own
         model.train(training)
-
-
-def _decode_batch(
-    model: PreTrainedModel, fill: int, ids: list[list[int]], new_tokens: int, ends: list[int]
-) -> list[tuple[list[int], bool]]:
-    input_ids, mask = (tensor.to(model.device) for tensor in pad(ids, fill, left=True))
-    how: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True}
-    output = model.generate(input_ids=input_ids, attention_mask=mask, **how)
-    return [until_end(row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
 def until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:

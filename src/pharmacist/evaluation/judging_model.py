@@ -52,9 +52,9 @@ class JudgingModel(Decider):
     def ask(self, questions: Sequence[str], description: str) -> list[list[int] | str]:
         """Asks questions, texts of the user's turn; returns the `numbers` of each reply, or why there are none.
 
-        Equal questions are asked once, by the first process of a launcher. Replies are kept in `work` as they arrive,
-        without their reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again. A
-        DataError where the endpoint cannot be reached or refuses.
+        Equal questions are asked once, by the first process of a launcher. What arrives is kept in `replies`, without
+        its reasoning. Failures, such as a reply that was cut, are not kept: the next call asks again. A DataError
+        where the endpoint cannot be reached or refuses.
         """
         replies = on_main(lambda: self._replies(questions, description))
         self.missing += sum(isinstance(reply, Failure) for reply in replies)
@@ -67,7 +67,7 @@ class JudgingModel(Decider):
         turns = ([{"role": "system", "content": self.system}, {"role": "user", "content": text}] for text in questions)
         bodies = [config.request(config.model, messages, config.max_tokens) for messages in turns]
         keys = [sha256_json([self.version, EndpointConfig.identity(config), body]) for body in bodies]
-        log = None if self.work is None else self.work / f"{self.name}.jsonl"
+        log = None if self.replies is None else self.replies / f"{self.name}.jsonl"
         found: dict[str, str | Failure] = {}
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)

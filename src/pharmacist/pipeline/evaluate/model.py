@@ -26,7 +26,6 @@ from pharmacist.pipeline.rows import load, model_options
 from pharmacist.pipeline.stages.evaluate import EVALUATE, PROMPTS, REFERENCES, EvaluateOptions
 
 
-_KNOWN = "in_references"
 NOTICE = "items.jsonl may hold harmful text: research material, not advice"
 
 
@@ -46,6 +45,7 @@ def evaluate_model(options: EvaluateOptions) -> dict[str, Any]:
             remove(run.path("judge"))  # of a judge before this one
             learned = "judge" in inputs.judges and inputs.judges["judge"].save(run.path("judge"))
             outputs = ["metrics.json", "items.jsonl", *(["judge"] if learned else [])]
+            outputs += ["replies"] if run.path("replies").is_dir() else []
             run.finish(outputs=outputs, metrics=found.metrics, partial=found.missing > 0)
             summarise(found.metrics, run.root, options)
             if found.missing:
@@ -57,7 +57,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     options, judges = inputs.options, inputs.judges
     with run.phase("read"):
         records, given = inputs.read(run)
-    for count in [count for count in run.manifest.counts if count.startswith(REFERENCES) or count.endswith(_KNOWN)]:
+    for count in [count for count in run.manifest.counts if count.startswith(REFERENCES)]:
         del run.manifest.counts[count]  # of references before these
     trained_on = [rows.dataset["prompt_key"][:] for name, rows in records.items() if name.startswith(REFERENCES)]
     seen = set().union(*trained_on) if any(judge.needs for judge in judges.values()) else set()
@@ -69,14 +69,18 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
             repeated = 0 if given is not None else len(keys) - len(set(keys))
             note(f"{name} repeated", repeated, "rows repeat a prompt, so that the intervals are too narrow")
             known = sum(key in seen for key in keys)
-            note(f"{name} {_KNOWN}", known, "rows share a prompt with the references on which the judge was trained")
+            note(
+                f"{name} in_references",
+                known,
+                "rows share a prompt with the references on which the judge was trained",
+            )
     references = reference_rows(records)
     if references and judges and not any(judge.needs for judge in judges.values()):
         say(f"--judge {judges['judge'].name}: reads no references; {', '.join(references)} not used")
     if options.task is None and options.task_type["name"] != "auto":
         say(f"--task-type {options.task_type['name']}: not used without --task")
     for judge in judges.values():
-        judge.work = run.work("verdicts")
+        judge.work, judge.replies = run.work("verdicts"), run.path("replies")
         with run.phase("train judge"):
             judge.fit(references)
     told = {warning for judge in judges.values() for warning in judge.report().get("warnings", ())}
@@ -85,7 +89,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     if "task" in prompts:
         prompts["task"] = without_reasoning(records["task"])
         grader = inputs.grader or GRADERS.build(detect_grader([row["completion"] for row in prompts["task"]]), {})
-        grader.work = run.work("verdicts")
+        grader.replies = run.path("replies")
     evaluator = Evaluator(
         **prompts,
         judge=judges.get("judge"),
@@ -107,7 +111,6 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
     answers = {name: separated(found) for name, found in answers.items()}
     for name, found in answers.items():
         failed = [answer.missing for answer in found if answer.missing]
-        run.manifest.counts.pop(f"{name}_unanswered", None)  # of a partial run before this one
         more_room = given is None and {ENDED, CUT}.intersection(failed)
         remedy = "; --max-new-tokens gives them more room" if more_room else ""
         why = f"of {len(found)} without an answer, unscored: {count_reasons(failed)}{remedy}"
@@ -136,6 +139,7 @@ def _evaluate(inputs: EvaluateInputs, run: RunDir) -> Evaluation:
 
 def _note(inputs: EvaluateInputs, run: RunDir, count: str, number: int, text: str) -> None:
     """Prints a remark on an input and counts it in the manifest; `count` is the input's name and what is counted."""
+    run.manifest.counts.pop(count.replace(" ", "_"), None)  # of a judge, or a partial run, before this one
     if number:
         say(f"{inputs.option(count.rpartition(' ')[0])}: {number} {text}")
         run.record(counts={count.replace(" ", "_"): number})

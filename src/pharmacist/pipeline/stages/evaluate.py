@@ -134,7 +134,7 @@ EVALUATE = Stage(
     reopens=True,
     keeps=True,
     read_again=("items.jsonl", "metrics.json"),
-    costly=tuple(f"work/{name}/**/*" for name in ("answers", "verdicts", "perplexity", "margin")),
+    costly=("replies/*", *(f"work/{name}/**/*" for name in ("answers", "verdicts", "perplexity", "margin"))),
     again="evaluates again",
     by_axes=frozenset({"judge", "task", *REFERENCES, "compare"}),
 )
