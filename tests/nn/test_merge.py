@@ -91,6 +91,26 @@ def test_a_merge_that_changes_the_model_is_refused(base: Path, monkeypatch: pyte
         merge_adapter(model.eval(), "mine")
 
 
+def test_weights_are_dequantised_before_a_merge(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised weights would lose the update when it is merged into them and they are quantised again."""
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    quantised = AutoModelForCausalLM.from_pretrained(base)
+    quantised.is_quantized = True
+
+    def fails(dtype: torch.dtype) -> Any:
+        raise NotImplementedError("no way back")
+
+    monkeypatch.setattr(quantised, "dequantize", lambda dtype: plain)
+    model = get_peft_model(quantised, lora(init_lora_weights=False, target_modules=["q_proj", "v_proj"])).eval()
+    expected = logits(model)
+    merged = merge_adapter(model, "mine")
+    assert merged is plain
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr(quantised, "dequantize", fails)
+    with pytest.raises(CompatibilityError, match=r"mine: .* cannot be merged into its base model \(no way back\)"):
+        merge_adapter(get_peft_model(quantised, lora()).eval(), "mine")
+
+
 def test_an_adapter_with_biases_that_the_base_has_not_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", lora(lora_bias=True))
     with pytest.raises(CompatibilityError, match="adapter: this kind of adapter .* has no bias"):

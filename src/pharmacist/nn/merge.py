@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +23,8 @@ from pharmacist.nn.lowrank import Factors, adapter_factors
 STACK_FILE = "pharmacist_stack.json"
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Relative error of logits up to which merging is rounding; 0.1 for shorter number formats."""
+"""Relative error of logits up to which merging is rounding, `_ROUNDING` for shorter number formats."""
+_ROUNDING = 0.1
 _PREFIX = "base_model.model."
 _LAST = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
 _SELECTIVE = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
@@ -50,18 +51,20 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
     """Merges an adapter into the weights of its base model.
 
     An output head that shares its weight with the input embedding gets a weight of its own first where the adapter
-    acts on one of the two. The model must be in evaluation mode and is used up; messages call the adapter `name`.
+    acts on one of the two. Quantised weights are dequantised first, for the update would be lost in those that are
+    quantised again. The model must be in evaluation mode and is used up; messages call the adapter `name`.
 
     Raises:
         CompatibilityError: The adapter cannot be merged, or the merged model gives other logits.
     """
     kind = str(model.active_peft_config.peft_type).rpartition(".")[2]
     refusal = f"{name}: this kind of adapter ({kind.lower().replace('_', ' ')}) cannot be merged into its base model"
+    quantised = getattr(model.get_base_model(), "is_quantized", False)
     _untie(model)
     before = _logits(model)
     remedy = "merge it with the tool that made it"
     with failures_as(CompatibilityError, lambda error: f"{refusal} ({one_line(error)}); {remedy}"):
-        merged: PreTrainedModel = model.merge_and_unload()
+        merged: PreTrainedModel = (_dequantised(model) if quantised else model).merge_and_unload()
     merged.__dict__.pop("peft_config", None)  # PEFT 0.18 leaves it, and takes the next adapter for a second one
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
@@ -69,9 +72,19 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
             config.tie_word_embeddings = False
     # The median, as single tokens may be sent to other experts by rounding alone.
     change = (_logits(merged) - before).norm(dim=-1).median() / before.norm(dim=-1).mean().clamp(min=1e-6)
-    if not change <= _TOLERANCE.get(merged.dtype, 0.1):
+    if not change <= (_ROUNDING if quantised else _TOLERANCE.get(merged.dtype, _ROUNDING)):
         raise CompatibilityError(f"{refusal}: logits change by {100 * float(change):.0f} %; merge it by other means")
     return merged
+
+
+def _dequantised(model: PeftModel) -> PeftModel:
+    """The model, which is used up, with its adapter on dequantised weights."""
+    config, weights = model.active_peft_config, get_peft_model_state_dict(model)
+    base = model.unload()
+    dtype = base.dtype  # of the weights that are not quantised, whatever the model was loaded for
+    found: PeftModel = get_peft_model(base.dequantize(dtype).to(dtype), config)
+    set_peft_model_state_dict(found, weights)
+    return found.eval()
 
 
 def _untie(model: PeftModel) -> None:
