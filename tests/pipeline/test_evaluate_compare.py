@@ -1,6 +1,7 @@
 """Two finished evaluations are compared on the prompts that they share."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = (tmp_path / "ab/manifest.json").read_bytes()
     assert main([*pair, str(tmp_path / "ab"), "--quiet"]) == 0
     assert (tmp_path / "ab/manifest.json").read_bytes() == before
-    both = ["evaluate", "--models", noise, noise, "--prompts", files["prompts"], "--max-new-tokens", "2", "--quiet"]
+    both = ["evaluate", "--models", noise, str(shutil.copytree(noise, tmp_path / "other" / "noise")), "--quiet"]
+    both += ["--prompts", files["prompts"], "--max-new-tokens", "2"]
     assert main([*both, "--output-dir", str(tmp_path / "both")]) == 0
     capsys.readouterr()
     begin = ["evaluate", "--compare", str(tmp_path / "a")]
